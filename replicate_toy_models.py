@@ -1,0 +1,193 @@
+"""Do sparse autoencoders find the true features? The toy study of 2022/23, from data to pictures.
+
+A world of known features in superposition makes the data; dictionaries of many sizes and L1 weights are trained on it
+side by side; each is compared with the truth; heat maps show where recovery works, next to what chance would give.
+
+    python replicate_toy_models.py                                  the small world, minutes on a laptop
+    python replicate_toy_models.py --preset full                    the published geometry and grid, for a GPU
+    python replicate_toy_models.py --preset full --world hoagy-2023-06   with the data of the published runs
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from sparse_coding.report.toy_report import write_toy_report
+from tyro.conf import arg
+
+from sparse_coding import toy_study
+from sparse_coding.config import numbers, parse, to_dict
+from sparse_coding.device import pick_device
+from sparse_coding.errors import reported
+from sparse_coding.evaluation import record, stability
+from sparse_coding.progress import Progress
+from sparse_coding.provenance import provenance, short_hash
+from sparse_coding.synthetic import World, WorldStream, preset
+from sparse_coding.training.estimate import estimate
+from sparse_coding.training.run_folder import RunFolder
+from sparse_coding.training.sweep import Member, grid
+from sparse_coding.training.trainer import Trainer, TrainingSettings
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is trained: every L1 value at every dictionary ratio and seed."""
+
+    l1: tuple[str, ...]
+    """L1 coefficients: numbers, or logspace:FIRST:LAST:HOW_MANY in powers of ten."""
+    ratios: tuple[float, ...]
+    """Dictionary sizes as multiples of the number of true features."""
+    steps: int
+    """Updates of each dictionary."""
+    world: str
+    """The toy world: quick, post-2022, hoagy-2023-06 (double uniform), hoagy-2023-07."""
+
+
+# The grid of the 2023 script, and one that shows the same picture on a quarter of the width in minutes.
+GRIDS = {
+    "full": Grid(("logspace:-2:2:17",), (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32), 20_000, "hoagy-2023-07"),
+    "quick": Grid(("logspace:-2:1:13",), (0.25, 0.5, 1, 2, 4), 5_000, "quick"),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Replicate the toy-model study of sparse autoencoders."""
+
+    preset: Literal["auto", "quick", "full"] = "auto"
+    """quick: a smaller world, under 4 minutes on 2 cores. full: the published geometry. auto: full where there is a
+    GPU, quick elsewhere."""
+    world: str | None = None
+    """Another toy world than the preset's: quick, post-2022, hoagy-2023-06, hoagy-2023-07."""
+    l1: tuple[str, ...] = ()
+    """Other L1 coefficients than the preset's, such as 0.1 0.3 1 or logspace:-2:0:9."""
+    ratios: tuple[float, ...] = ()
+    """Other dictionary ratios than the preset's (latents per true feature)."""
+    steps: int | None = None
+    """Another number of updates than the preset's."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the dictionaries; each cell of the heat maps is their mean."""
+    world_seed: int = 0
+    """Seed of the world: directions, covariance, samples."""
+    batch_size: int = 256
+    """Samples per update."""
+    lr: float = 1e-3
+    """Learning rate of Adam."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the matrix products; auto is bf16 where the hardware has it."""
+    eval_samples: int = 100_000
+    """Held-out samples for dead latents, L0 and reconstruction."""
+    published_metrics: bool = False
+    """Draw dead latents as published: counted on 2,560 samples, clipped at 100 in the picture."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    out: Annotated[Path | None, arg(help_behavior_hint="(default: outputs/toy-...)")] = None
+    """Run folder. The same command continues a run that was stopped."""
+    fresh: bool = field(default=False)
+    """Start over, even if the folder holds a run."""
+    checkpoint_seconds: float = 120.0
+    """Seconds between two checkpoints."""
+
+
+def complete(study: Study) -> tuple[Study, Grid]:
+    """The study with every choice of its preset filled in."""
+    name = study.preset if study.preset != "auto" else "full" if torch.cuda.is_available() else "quick"
+    base = GRIDS[name]
+    chosen = Grid(
+        study.l1 or base.l1, study.ratios or base.ratios, study.steps or base.steps, study.world or base.world
+    )
+    return replace(study, preset=name), chosen
+
+
+def main(study: Study) -> Path:
+    study, chosen = complete(study)
+    device = pick_device(study.device)
+
+    # The data. A world is a set of directions and a law of which are active; batch number i is a function of (seed, i).
+    world = World(preset(chosen.world, seed=study.world_seed), device)
+    stream = WorldStream(world, study.batch_size)
+
+    # The sweep: ReLU dictionaries in the form of 2023, whose L1 term is divided by the number of latents.
+    per_feature = world.settings.n_features / world.settings.d_in
+    members = grid(
+        "relu",
+        stream.widths,
+        ratios=[ratio * per_feature for ratio in chosen.ratios],
+        lrs=[study.lr],
+        seeds=study.seeds,
+        varied={"l1_coefficient": numbers(chosen.l1, "--l1")},
+        l1_scaling="toy-2023",
+        init="toy-2023",
+        decoder_bias=False,
+        remove_parallel_gradient=False,
+    )
+    training = TrainingSettings(steps=chosen.steps, precision=study.precision, log_every=max(1, chosen.steps // 100))
+    settings = {
+        "kind": "toy",
+        "world": to_dict(world.settings),
+        "world_name": chosen.world,
+        "grid": to_dict(chosen),
+        "seeds": list(study.seeds),
+        "batch_size": study.batch_size,
+        "lr": study.lr,
+        "training": to_dict(training),
+        "eval_samples": study.eval_samples,
+        "device": device,
+    }
+    out = study.out or Path("outputs") / f"toy-{study.preset}-{short_hash(settings)}"
+
+    with RunFolder(out, settings, fresh=study.fresh) as folder:
+        if not folder.finished:
+            describe(members, chosen, stream, training, device)
+            folder.note(provenance=provenance())
+            folder.write_json("members.json", [member.to_dict() for member in members])
+            train_and_measure(members, chosen.ratios, world, stream, training, study, device, folder)
+        folder.note(pictures={"published_metrics": study.published_metrics})
+        # The pictures: drawn from the data files alone, so they can be drawn again.
+        return write_toy_report(folder.path)
+
+
+def describe(members: list[Member], chosen: Grid, stream: WorldStream, training: TrainingSettings, device: str) -> None:
+    l1 = numbers(chosen.l1, "--l1")
+    print(
+        f"world {chosen.world}: {stream.world.settings.n_features} features in {stream.world.settings.d_in} dimensions"
+    )
+    print(f"grid: {len(l1)} L1 values {l1[0]:.3g} to {l1[-1]:.3g} x ratios {' '.join(f'{r:g}' for r in chosen.ratios)}")
+    print(f"plan: {estimate(members, stream, training.steps, training.precision, device)}", flush=True)
+
+
+def train_and_measure(
+    members: list[Member],
+    ratios: tuple[float, ...],
+    world: World,
+    stream: WorldStream,
+    training: TrainingSettings,
+    study: Study,
+    device: str,
+    folder: RunFolder,
+) -> None:
+    trainer = Trainer(members, stream, training, device, folder, study.checkpoint_seconds)
+    trainer.fit()
+
+    # Matching: against the truth, against the next larger dictionary, and on samples that training never saw.
+    batches = toy_study.held_out(world, study.eval_samples, study.batch_size)
+    with_larger = stability(members, trainer.dictionary)
+    records = []
+    with Progress("measuring", len(members), unit="dictionaries") as progress:
+        for index, member in enumerate(members):
+            reconstruction, metrics = toy_study.measure(trainer.dictionary(index), world, batches)
+            ratio = member.settings.d_sae / world.settings.n_features
+            records.append(record(member, ratio, reconstruction, {**metrics, "mmcs_next_larger": with_larger[index]}))
+            progress.update(index + 1)
+    folder.note(controls=toy_study.controls(world, ratios, batches, study.world_seed))
+    folder.write_lines("results.jsonl", records)
+
+
+if __name__ == "__main__":
+    with reported():
+        study = parse(Study, sys.argv[1:], "python replicate_toy_models.py", __doc__ or "")
+        print(f"report: {main(study)}")

@@ -1,0 +1,1 @@
+"""From text to tokens, through a language model, to activations."""

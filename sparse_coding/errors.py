@@ -1,0 +1,48 @@
+"""The one exception for mistakes a user can mend, and the one place that prints it."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line that says what is wrong, what is allowed and what to do."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM); its state is saved and the message says how to go on."""
+
+
+def near(word: str, known: Iterable[str], count: int = 3) -> str:
+    """A ready-made clause such as `; did you mean 'layer'?`, empty when nothing is close."""
+    matches = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Print a `UserError` as one line and exit 2; an interruption says how to go on and exits 130."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Interrupted as stop:
+        print(f"\nstopped: {' '.join(str(stop).split())}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(
+            f"error: the disk is full{where}; free some space and start the same command again: "
+            "it continues from the last checkpoint",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None

@@ -1,0 +1,147 @@
+"""What is written beside a trained model: the facts as JSON, and a README.md that says them in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, Integer
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything known about a finished training run; `training.json` holds these fields unrounded."""
+
+    command: str  # starts the same training again
+    config: dict[str, Any]  # every honoured setting, with the values used
+    text: dict[str, Any]  # the text settings
+    text_sha256: str  # of the train and held-out token ids and the vocabulary size
+    tokenizer: str  # bpe, char or gpt2
+    vocab_size: int
+    train_tokens: int
+    held_out_tokens: int
+    tokens_seen: int  # train tokens that went through the model, repeats counted
+    seconds: float  # of training and evaluating, without reading and tokenizing the text
+    hardware: str  # in words that name no machine
+    dtype: str  # of the matrix products
+    python: str
+    torch: str
+    parameters: int  # tied weights counted once, biases fixed at zero not counted
+    iterations: int
+    kept_iteration: int  # the update whose weights were kept
+    validation_loss: float  # nats per token on all of the held-out text, float32, no dropout
+    unigram: float  # the same for counting single tokens
+    bigram: float  # and for counting pairs
+    bigram_weight: float
+    samples: list[tuple[str, str]]  # prompt, continuation
+
+
+def hardware(device: torch.device) -> str:
+    """The kind of hardware in words that hold for any machine, such as `2 CPU threads`."""
+    if device.type == "cpu":
+        count = torch.get_num_threads()
+        return f"{count} CPU thread{'s' if count > 1 else ''}"
+    return "one CUDA GPU" if device.type == "cuda" else f"one {device.type} device"
+
+
+def sample(model: GPT2LMHeadModel, prompt: Int[Tensor, "T"], new_tokens: int, seed: int) -> Int[Tensor, "T+new"]:
+    """Draw a continuation at temperature 0.8 among the 40 likeliest tokens, given the last `n_positions` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = prompt.cpu()
+    with torch.inference_mode():
+        for _ in range(new_tokens):
+            context = tokens[-model.config.n_positions :].to(model.device)
+            logits = model(context[None]).logits[0, -1].float().cpu() / 0.8
+            best = logits.topk(min(40, len(logits)))
+            drawn = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
+            tokens = torch.cat([tokens, best.indices[drawn]])
+    return tokens
+
+
+def samples(
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Integer[np.ndarray, "N"],
+    seed: int,
+    count: int = 3,
+) -> list[tuple[str, str]]:
+    """At `count` places spread evenly over the held-out text: (eight tokens of it, what the model adds)."""
+    found = []
+    for i in range(count):
+        start = (len(held_out) - 8) * i // count
+        prompt = torch.from_numpy(held_out[start : start + 8].astype(np.int64))
+        tokens = sample(model, prompt, new_tokens=64, seed=seed + i)
+        found.append((str(tokenizer.decode(prompt.tolist())), str(tokenizer.decode(tokens[len(prompt) :].tolist()))))
+    return found
+
+
+def render(facts: Facts, folder: Path) -> str:
+    """The README.md of a model folder; `folder` holds the other files already, their sizes are listed."""
+    config = facts.config
+    sizes = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
+    layers, width, heads, context = (config[key] for key in ("n_layer", "n_embd", "n_head", "block_size"))
+    seen = f"{facts.tokens_seen:,} tokens ({facts.tokens_seen / facts.train_tokens:.1f} times the text)"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "---",
+        "",
+        f"# A small GPT: {layers} layers, {width} wide, {heads} heads, context {context}",
+        "",
+        f"A `GPT2LMHeadModel` (exact GELU, tied embedding{'' if config['bias'] else ', all biases zero'}) trained to be",
+        "studied, not to be talked to. It opens with `transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`.",
+        "",
+        "## How good it is",
+        "",
+        "Cross entropy on all of the held-out text, float32, no dropout; each predictor scores the same tokens.",
+        "",
+        "| predictor | nats per token | perplexity |",
+        "|---|---|---|",
+    ]
+    rows = {"single-token counts": facts.unigram, "pair counts": facts.bigram, "**this model**": facts.validation_loss}
+    lines += [f"| {name} | {loss:.4f} | {math.exp(loss):.1f} |" for name, loss in rows.items()]
+    lines += [
+        "",
+        f"(Pairs weigh {facts.bigram_weight:.3f} against single tokens, as chosen on the training text.)",
+        "",
+        "## How it was made",
+        "",
+        f"    {facts.command}",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters | {facts.parameters:,} |",
+        f"| text | {', '.join(f'{key} = {value}' for key, value in facts.text.items())} |",
+        f"| tokens | {facts.train_tokens:,} to train on, {facts.held_out_tokens:,} held out |",
+        f"| tokenizer | {facts.tokenizer}, {facts.vocab_size:,} tokens |",
+        f"| SHA-256 of the tokens | `{facts.text_sha256}` |",
+        f"| seen in training | {seen} in {facts.iterations:,} updates |",
+        f"| weights kept | after update {facts.kept_iteration:,} |",
+        f"| time | {facts.seconds / 60:.1f} minutes on {facts.hardware}, {facts.dtype} |",
+        f"| Python, torch | {facts.python}, {facts.torch} |",
+        "",
+        "Every setting, in the words of nanoGPT's train.py:",
+        "",
+        *[f"    {key} = {value!r}" for key, value in config.items()],
+        "",
+        "| file | bytes |",
+        "|---|---|",
+        *[f"| {name} | {size:,} |" for name, size in sizes],
+        "",
+        "## What it says",
+        "",
+        "Eight tokens of held-out text, then 64 drawn from the model (temperature 0.8, the 40 likeliest tokens).",
+    ]
+    for prompt, continuation in facts.samples:
+        text = f"{prompt}⟶{continuation}"
+        lines += ["", *[f"    {line}".rstrip() for line in text.splitlines()]]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,147 @@
+"""Tokenizers: trained here without a network, or loaded from the hub, its cache or a folder.
+
+All are Hugging Face fast tokenizers saved in their usual layout, so `AutoTokenizer.from_pretrained(folder)` opens them.
+Training is deterministic: the same documents in the same order give the same file, byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_coding.activations.text import offline_if_unreachable
+from sparse_coding.errors import UserError, near
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's separator; documents end with it
+UNKNOWN = "<|unknown|>"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")  # one of them makes a folder with a tokenizer
+SMALLEST_BPE = 257  # 256 bytes and the separator
+
+
+def train_byte_bpe(documents: Iterable[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (GPT-2's kind) with at most `vocab_size` tokens, id 0 the separator; saved in `folder`.
+
+    Every text round-trips exactly, whatever it was trained on. Little text may give fewer tokens: `len(tokenizer)`.
+    Raises `UserError` for a vocabulary below 257 tokens and for no text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST_BPE:
+        raise UserError(f"vocab_size={vocab_size}: a byte-level vocabulary needs at least {SMALLEST_BPE} tokens")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    counted = _Counted(documents)
+    tokenizer.train_from_iterator(counted, trainer)
+    if not counted.characters:
+        raise UserError("a tokenizer cannot be trained on no text: the documents are empty")
+    return _save(tokenizer, folder)
+
+
+def character_tokenizer(documents: Iterable[str], folder: Path) -> PreTrainedTokenizerFast:
+    """One token per character: the separator (id 0), the unknown token (id 1), then the characters seen, in order.
+
+    A character that `documents` do not hold becomes the unknown token, one for one: positions stay those of the text.
+    Raises `UserError` for no text.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    seen: set[str] = set()
+    for document in documents:
+        seen.update(document)
+    if not seen:
+        raise UserError("a tokenizer cannot be made from no text: the documents are empty")
+    vocabulary = {token: index for index, token in enumerate([END_OF_TEXT, UNKNOWN, *sorted(seen)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()  # without it decoding puts a space between characters
+    return _save(tokenizer, folder, unk_token=UNKNOWN)
+
+
+def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model on the hub (or in its cache), or of a local folder. Never runs code of a repository.
+
+    Raises `UserError` in one line where it is missing, or the hub cannot be reached and nothing is cached.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(name_or_folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the tokenizer in {name!r} cannot be read: {error}") from None
+    if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        known = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise UserError(f"tokenizer {name!r}: no such folder{near(folder.name, known)}")
+    try:
+        with offline_if_unreachable():
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer {name!r}: no such folder, and not to be had from the Hugging Face hub or its local cache; "
+            f"check the name and the network, or give a folder that holds a tokenizer ({_first_line(error)})"
+        ) from None
+
+
+def _check_folder(folder: Path) -> None:
+    """Without this, transformers makes up a tokenizer of one token for a folder that holds only a config."""
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise UserError(f"folder {str(folder)!r} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
+
+
+def _save(tokenizer: Any, folder: Path, **special: str) -> PreTrainedTokenizerFast:
+    """Wrap, save in `folder` (each file appears whole), and return the tokenizer as it loads from there."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer.add_special_tokens([END_OF_TEXT, *special.values()])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".tokenizer-", dir=folder))
+    try:
+        wrapped.save_pretrained(temporary)
+        for file in sorted(temporary.iterdir()):
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(temporary)
+    return wrapped
+
+
+class _Counted:
+    """Documents on their way into a trainer, with the count of their characters."""
+
+    def __init__(self, documents: Iterable[str]) -> None:
+        self.documents, self.characters = documents, 0
+
+    def __iter__(self):
+        for document in self.documents:
+            self.characters += len(document)
+            yield document
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,72 @@
+"""What a sweep will cost, said before it starts: FLOP counted, seconds measured on a few steps of throwaway stacks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sparse_coding.progress import duration, quantity
+from sparse_coding.training.optimizer import OptimizerSettings
+from sparse_coding.training.precision import Precision, products_dtype
+from sparse_coding.training.stack import Stack
+from sparse_coding.training.stream import Stream
+from sparse_coding.training.sweep import Member, split_into_stacks
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a whole sweep."""
+
+    members: int
+    flop: float
+    """Of the five matrix products of every member and step: 10 * rows * d_in * d_sae."""
+    seconds: float
+    memory_bytes: int
+    """Parameters and Adam's two moments in fp32."""
+
+    def __str__(self) -> str:
+        rate = self.flop / max(self.seconds, 1e-9)
+        return (
+            f"{self.members} dictionaries, {quantity(self.flop / 1e12)} TFLOP, about {duration(self.seconds)} "
+            f"at {quantity(rate / 1e9)} GFLOP/s (measured on a few steps), {quantity(self.memory_bytes / 2**20)} MiB"
+        )
+
+
+def estimate(members: Sequence[Member], stream: Stream, steps: int, precision: Precision, device: str) -> Estimate:
+    """Time one step of each distinct kind of stack, and one batch of the stream."""
+    dtype = products_dtype(precision, device)
+    batch, stream_seconds = stream.batch(0), _seconds(lambda step: stream.batch(step), device, first=1)
+    timed: dict[tuple, float] = {}
+    per_step = stream_seconds
+    for group in split_into_stacks(members, stream.batch_size):
+        chosen = [members[index] for index in group]
+        shape = (chosen[0].architecture, chosen[0].site, chosen[0].settings.d_sae, len(chosen))
+        if shape not in timed:
+            stack = Stack(chosen, OptimizerSettings(), device, dtype)
+            x = batch[stack.site]
+            timed[shape] = _seconds(lambda _, stack=stack, x=x: stack.step(x, 1.0), device)
+            del stack
+        per_step += timed[shape]
+    weights = sum(member.settings.d_in * member.settings.d_sae for member in members)
+    flop = 10.0 * stream.batch_size * weights * steps
+    return Estimate(len(members), flop, per_step * steps, weights * 2 * 4 * 3)
+
+
+def _seconds(step, device: str, first: int = 0, repeats: int = 3) -> float:
+    """The median time of `step(first), step(first + 1), ...` after a warm-up call."""
+    times = []
+    for index in range(repeats + 1):
+        _wait(device)
+        began = time.perf_counter()
+        step(first + index)
+        _wait(device)
+        times.append(time.perf_counter() - began)
+    return sorted(times[1:])[repeats // 2]
+
+
+def _wait(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()

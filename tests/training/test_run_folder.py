@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sparse_coding.errors import UserError
+from sparse_coding.training.run_folder import RunFolder, differences, read_lines
+
+
+def test_the_same_settings_continue_and_others_are_named(tmp_path):
+    with RunFolder(tmp_path / "run", {"lr": 1, "grid": {"l1": [1, 2]}}):
+        pass
+    with RunFolder(tmp_path / "run", {"lr": 1, "grid": {"l1": [1, 2]}}):
+        pass
+    with pytest.raises(UserError, match=r"grid\.l1: was \[1, 2\], is \[1, 3\].*--fresh"):
+        RunFolder(tmp_path / "run", {"lr": 1, "grid": {"l1": [1, 3]}})
+
+
+def test_fresh_empties_the_folder(tmp_path):
+    with RunFolder(tmp_path / "run", {"lr": 1}) as folder:
+        folder.append("log.jsonl", {"step": 1})
+        folder.write_json("sub.json", {})
+    with RunFolder(tmp_path / "run", {"lr": 2}, fresh=True):
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "settings.json"}
+
+
+def test_a_folder_in_use_is_refused_with_its_owner(tmp_path):
+    with RunFolder(tmp_path / "run", {}):
+        code = (
+            "from pathlib import Path; from sparse_coding.errors import reported\n"
+            "from sparse_coding.training.run_folder import RunFolder\n"
+            f"with reported(): RunFolder(Path({str(tmp_path / 'run')!r}), {{}})"
+        )
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert other.returncode == 2
+    assert f"in use by process {os.getpid()}" in other.stderr
+    assert len(other.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_of_other_files_is_left_alone_even_when_fresh(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for fresh in (False, True):
+        with pytest.raises(UserError, match="no run of ours"):
+            RunFolder(tmp_path, {}, fresh=fresh)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        RunFolder(tmp_path / "out", {})
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert [record["step"] for record in read_lines(tmp_path / "log.jsonl")] == [1, 2]
+
+
+def test_the_log_is_rewound_to_the_checkpoint(tmp_path):
+    with RunFolder(tmp_path / "run", {}) as folder:
+        for step in (1, 2, 3):
+            folder.append("log.jsonl", {"step": step})
+        folder.rewind_log(2)
+        assert [record["step"] for record in read_lines(folder.path / "log.jsonl")] == [1, 2]
+
+
+def test_differences_name_the_key_and_both_values():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
+        "a.c: was 2, is 3",
+        "d: was null, is 4",
+    ]

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_coding.errors import UserError
+from sparse_coding.training.stream import ScaledStream, TensorStream
+
+ROWS = torch.arange(20.0).unsqueeze(1).repeat(1, 3) + 1
+
+
+def test_every_row_comes_once_per_epoch_in_another_order_each_time():
+    stream = TensorStream({"a": ROWS}, batch_size=5, seed=1)
+    epochs = [[int(v) for step in range(4) for v in stream.batch(4 * e + step)["a"][:, 0]] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1, 21))
+    assert epochs[0] != epochs[1]
+
+
+def test_a_batch_is_a_function_of_its_position_alone():
+    in_order = TensorStream({"a": ROWS}, batch_size=5)
+    batches = [in_order.batch(step)["a"] for step in range(10)]
+    assert torch.equal(TensorStream({"a": ROWS}, batch_size=5).batch(7)["a"], batches[7])
+    assert torch.equal(in_order.batch(2)["a"], batches[2])
+    assert not torch.equal(TensorStream({"a": ROWS}, batch_size=5, seed=2).batch(2)["a"], batches[2])
+
+
+def test_fewer_rows_than_one_batch_are_refused():
+    with pytest.raises(UserError, match="20"):
+        TensorStream({"a": ROWS}, batch_size=21)
+
+
+def test_activations_that_are_all_zero_are_refused():
+    with pytest.raises(UserError, match="all zero"):
+        ScaledStream(TensorStream({"a": torch.zeros(10, 3)}, batch_size=5))
