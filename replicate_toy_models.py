@@ -95,6 +95,9 @@ class Study:
 
 def complete(study: Study) -> tuple[Study, Grid]:
     """The study with every choice of its preset filled in."""
+    for flag, value in (("--batch-size", study.batch_size), ("--eval-samples", study.eval_samples)):
+        if value < 1:
+            raise UserError(f"{flag} is {value}: it must be at least 1")
     name = study.preset if study.preset != "auto" else "full" if torch.cuda.is_available() else "quick"
     base = GRIDS[name]
     chosen = Grid(

@@ -6,16 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from sparse_coding.config import to_dict
 from sparse_coding.dictionaries import Dictionary
 from sparse_coding.metrics.matching import mmcs_with_larger
 from sparse_coding.metrics.reconstruction import Reconstruction
 from sparse_coding.training.sweep import Member
-
-DENSITY_EDGES = tuple(-6 + 0.25 * i for i in range(25))
-"""log10 of the share of rows a latent fires on: 1e-6 to 1 in quarter decades."""
 
 
 def next_larger(members: Sequence[Member]) -> list[int | None]:
@@ -62,5 +57,5 @@ def record(member: Member, ratio: float, reconstruction: Reconstruction, metrics
         "seed": member.seed,
         "settings": settings,
         "metrics": {**reconstruction.result(), **metrics},
-        "density": reconstruction.density_histogram(torch.tensor(DENSITY_EDGES)),
+        "density": reconstruction.density_histogram(),
     }

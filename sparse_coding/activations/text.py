@@ -180,6 +180,8 @@ def _plain(settings: TextSettings, files: list[Path]) -> None:
 
 def _local(source: str) -> Path | None:
     """The path that `source` names, None where it can only name a data set. Raises `UserError` for a missing file."""
+    if not source:  # as a path it would be the current folder
+        raise UserError(f"text '' names nothing; {WAYS_OUT}")
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -187,8 +189,6 @@ def _local(source: str) -> Path | None:
     if source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1 or name.endswith(KINDS):
         known = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"text {source!r}: no such file or folder{near(path.name, known)}")
-    if not source:
-        raise UserError(f"text '' names nothing; {WAYS_OUT}")
     return None
 
 

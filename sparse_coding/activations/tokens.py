@@ -92,16 +92,16 @@ def contexts(
     special_tokens: False frames nothing and separates nothing, whatever the tokenizer would do.
     Raises `UserError` for text that is missing or empty and for settings that leave no room for text.
     """
-    packing = _packing(tokenizer, context, prepend_bos, special_tokens)
+    encoder = _encoder(tokenizer)
+    packing = _packing(tokenizer, encoder.around if special_tokens else [], context, prepend_bos, special_tokens)
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens must be at least 1, or left out to read everything; got {max_tokens}")
-    encode, tokenizer_hash = _encoder(tokenizer)
     identity: dict[str, Any] = {
         "format": FORMAT,
         "text": text_identity(text),
         "part": part,
         "held_out": None if part == "all" else text.held_out,
-        "tokenizer": tokenizer_hash,
+        "tokenizer": encoder.sha256,
         "context": context,
         "prefix": packing.prefix,
         "suffix": packing.suffix,
@@ -118,7 +118,7 @@ def contexts(
             _progress(f"{text.source} ({part})", progress) as report,
             closing(_Writer(writing, packing, exclude_special)) as writer,
         ):
-            _tokenize(documents(text, part), encode, writer, max_tokens, report)
+            _tokenize(documents(text, part), encoder.encode, writer, max_tokens, report)
             writer.finish(identity)
             report(writer)
     return _open(folder)
@@ -140,11 +140,11 @@ def default_cache() -> Path:
 
 
 def _packing(
-    tokenizer: PreTrainedTokenizerBase, context: int, prepend_bos: bool | None, special_tokens: bool
+    tokenizer: PreTrainedTokenizerBase, around: list[int], context: int, prepend_bos: bool | None, special_tokens: bool
 ) -> _Packing:
-    own: list[int] = list(tokenizer("")["input_ids"]) if special_tokens else []  # type: ignore[arg-type]
-    leads = bool(own) and own[0] in (tokenizer.cls_token_id, tokenizer.bos_token_id)
-    prefix, suffix = (own[:1], own[1:]) if leads else ([], own)
+    """The frame, separator and padding of this tokenizer. Raises `UserError` where they leave no room for text."""
+    leads = bool(around) and around[0] in (tokenizer.cls_token_id, tokenizer.bos_token_id)
+    prefix, suffix = (around[:1], around[1:]) if leads else ([], around)
     if prepend_bos is not None and not special_tokens:
         raise UserError(f"prepend_bos={prepend_bos} with special_tokens=False: a BOS is a special token; leave one out")
     if prepend_bos:
@@ -166,19 +166,26 @@ def _packing(
     return _Packing(context, prefix, suffix, separator, padding, dtype)  # type: ignore[arg-type]
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Encode, str]:
-    """A function from texts to token ids without special tokens, on every core, and a hash of all that decides them.
+@dataclass(frozen=True)
+class _Encoder:
+    encode: Encode  # texts to token ids without special tokens, on every core
+    around: list[int]  # the special tokens that the tokenizer puts around every text
+    sha256: str  # of all that decides the ids
 
-    It works on a copy, so that neither truncation left switched on in the caller's tokenizer cuts documents,
-    nor do our switches stay behind in it.
-    """
+
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> _Encoder:
+    """What a tokenizer does, on a copy of it: truncation left on in the caller's cuts nothing, and stays on there."""
     if not tokenizer.is_fast:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
             content = b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in files)
         slow = partial(tokenizer, add_special_tokens=False, truncation=False, verbose=False)
-        return lambda texts: slow(texts)["input_ids"], hashlib.sha256(content).hexdigest()  # type: ignore[return-value]
+        return _Encoder(
+            encode=lambda texts: slow(texts)["input_ids"],  # type: ignore[return-value]
+            around=list(tokenizer("")["input_ids"]),  # type: ignore[arg-type]
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
 
     from tokenizers import Tokenizer
 
@@ -190,7 +197,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Encode, str]:
     def encode(texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in copy.encode_batch_fast(texts, add_special_tokens=False)]
 
-    return encode, hashlib.sha256(copy.to_str().encode()).hexdigest()
+    return _Encoder(encode, copy.encode("").ids, hashlib.sha256(copy.to_str().encode()).hexdigest())
 
 
 @contextmanager
@@ -326,7 +333,7 @@ def _written_whole(folder: Path) -> Iterator[Path]:
         _remove_abandoned(folder.parent)
         writing = folder.parent / f".writing-{uuid.uuid4().hex}"
         writing.mkdir()
-    except PermissionError as error:
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UserError(
             f"the cache folder {str(folder.parent)!r} cannot be written ({error.strerror}): "
             "set SPARSE_CODING_CACHE to another"

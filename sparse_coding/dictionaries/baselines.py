@@ -7,6 +7,7 @@ float32 and never touch their input; dictionaries come back in float32 on the de
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import final
@@ -91,16 +92,17 @@ def random_dictionary(x: Float[Tensor, "N d_in"], n_atoms: int, generator: torch
 
     The one gain g is the least-squares fit on x, as without it x_hat is about n/(2 d_in) times too long.
     """
+    _check("n_atoms", n_atoms)
     rows = _sample(x)
-    atoms = unit_rows(torch.randn(n_atoms, rows.shape[1], generator=generator, dtype=rows.dtype))
+    atoms = unit_rows(torch.randn(n_atoms, rows.shape[1], generator=generator))
     mean = rows.mean(0)
-    gain, _ = _gain((rows - mean) @ atoms.T, atoms)
-    return _placed(x, gain * atoms.T, torch.zeros(n_atoms), atoms, mean)
+    gain, _ = _gain((_spread(rows) - mean).float() @ atoms.T, atoms)
+    return FixedReLU(gain * atoms.T, torch.zeros(n_atoms), atoms, mean).to(x.device)
 
 
 def identity_relu(d_in: int) -> FixedReLU:
     """Atoms +e_i then -e_i, f = relu([x, -x]): the neuron basis itself, with exact reconstruction."""
-    return _signed(torch.eye(d_in), torch.eye(d_in), torch.zeros(d_in), torch.empty(0))
+    return _signed(torch.eye(d_in), torch.eye(d_in), torch.zeros(d_in))
 
 
 def pca(x: Float[Tensor, "N d_in"], components: int) -> FixedReLU:
@@ -109,10 +111,10 @@ def pca(x: Float[Tensor, "N d_in"], components: int) -> FixedReLU:
     All d_in of them reconstruct exactly. The sign of v is fixed by making its largest entry positive.
     """
     rows = _sample(x)
-    _check_components(components, rows.shape[1])
+    _check("components", components, rows.shape[1])
     _, directions = _principal(rows)
     top = directions[:, :components]
-    return _signed(top, top.T, rows.mean(0), x)
+    return _signed(top, top.T, rows.mean(0)).to(x.device)
 
 
 def ica(
@@ -130,7 +132,7 @@ def ica(
     Warns when it stops at `max_iterations`, as it does on data with Gaussian directions. Time: N d_in^2 per iteration.
     """
     rows = _sample(x)
-    _check_components(components, rows.shape[1])
+    _check("components", components, rows.shape[1])
     mean = rows.mean(0)
     variances, directions = _principal(rows)
     kept = min(components, int((variances > _NEGLIGIBLE * variances[0]).sum()))
@@ -153,28 +155,28 @@ def ica(
     mixing = (rotation * scales) @ directions.T  # x - mean = sources @ mixing
     lengths = mixing.norm(dim=1)
     unmixing = (directions / scales) @ rotation.T
-    return _signed(unmixing * lengths, mixing / lengths[:, None], mean, x)
+    return _signed(unmixing * lengths, mixing / lengths[:, None], mean).to(x.device)
 
 
-def nmf(
-    x: Float[Tensor, "N d_in"], n_atoms: int, generator: torch.Generator, iterations: int = 200, max_rows: int = 10_000
-) -> NMF:
+def nmf(x: Float[Tensor, "N d_in"], n_atoms: int, generator: torch.Generator, iterations: int = 200) -> NMF:
     """Non-negative matrix factorisation of x - b_dec by multiplicative updates for the squared error (Lee, Seung 2001).
 
-    b_dec is the negative part of each dimension's minimum, so that data that is not negative is factorised as it is.
-    Fitted to `max_rows` rows at most, drawn without replacement; time 12 N n_atoms d_in per iteration.
+    b_dec is the negative part of each dimension's minimum, so that data without negative values is factorised as it is.
+    Fitted to 4,096 rows of x at most, evenly spread; time 12 N n_atoms d_in per iteration.
     """
+    _check("n_atoms", n_atoms)
     rows = _sample(x)
     shift = rows.amin(0).clamp_max(0.0)
-    chosen = torch.randperm(len(rows), generator=generator)[:max_rows]
-    y = (rows[chosen] - shift).float()
-    level = (y.mean() / n_atoms).sqrt()
-    codes = level * torch.rand(len(y), n_atoms, generator=generator)
-    atoms = level * torch.rand(n_atoms, y.shape[1], generator=generator)
-    tiny = torch.finfo(y.dtype).tiny
+    y = _spread(rows) - shift
+    y = (y / y.mean().clamp_min(torch.finfo(y.dtype).tiny)).float()  # only the atoms' directions are kept
+    codes = torch.rand(len(y), n_atoms, generator=generator) / n_atoms**0.5
+    atoms = torch.rand(n_atoms, y.shape[1], generator=generator) / n_atoms**0.5
+    floor = 1e-10  # far below any product of data whose mean is 1
     for _ in range(iterations):
-        codes *= (y @ atoms.T) / (codes @ atoms @ atoms.T).clamp_min(tiny)
-        atoms *= (codes.T @ y) / (codes.T @ (codes @ atoms)).clamp_min(tiny)
+        codes *= (y @ atoms.T) / (codes @ atoms @ atoms.T).clamp_min(floor)
+        atoms *= (codes.T @ y) / (codes.T @ (codes @ atoms)).clamp_min(floor)
+        for factor in (codes, atoms):  # what shrinks for ever would become denormal numbers, which are very slow
+            torch.threshold_(factor, 1e-15, 0.0)
     return NMF(unit_rows(atoms), shift).to(x.device)
 
 
@@ -182,11 +184,10 @@ def oracle(directions: Float[Tensor, "G d_in"], x: Float[Tensor, "N d_in"]) -> F
     """The true directions W with a plain ReLU encoder: f = g relu(x W^T - t), x_hat = f W.
 
     The threshold t keeps out interference between directions; t (one number) and the gain g are those of least squared
-    error on x, t by a grid search refined twice, g in closed form. It bounds what a tied ReLU dictionary can reach.
+    error on x (4,096 evenly spread rows at most): t by a grid search refined twice, g in closed form.
     """
-    rows = _sample(x)
-    atoms = unit_rows(directions.detach().cpu().to(rows.dtype))
-    projections = rows @ atoms.T
+    atoms = unit_rows(directions.detach().cpu().float())
+    projections = _spread(_sample(x)).float() @ atoms.T
     low, high = 0.0, projections.max().clamp_min(0.0).item()
     best = (0.0, *_gain(projections, atoms))  # threshold, gain, energy explained
     for _ in range(3):
@@ -197,7 +198,7 @@ def oracle(directions: Float[Tensor, "G d_in"], x: Float[Tensor, "N d_in"]) -> F
         low, high = max(0.0, best[0] - width), best[0] + width
     threshold, gain, _ = best
     bias = torch.full((len(atoms),), -gain * threshold)
-    return _placed(x, gain * atoms.T, bias, atoms, torch.zeros(atoms.shape[1]))
+    return FixedReLU(gain * atoms.T, bias, atoms, torch.zeros(atoms.shape[1])).to(x.device)
 
 
 BASELINES: dict[str, Callable[[Tensor, int, torch.Generator], Dictionary]] = {
@@ -216,9 +217,9 @@ def _pairs(x: Tensor, n_atoms: int) -> int:
     return min(max(1, n_atoms // 2), x.shape[1])
 
 
-def _check_components(components: int, d_in: int) -> None:
-    if not 1 <= components <= d_in:
-        raise UserError(f"components is {components}: activations of width {d_in} have 1 to {d_in} of them")
+def _check(name: str, value: int, most: float = math.inf) -> None:
+    if not 1 <= value <= most:
+        raise UserError(f"{name} is {value}: it must be 1 or more" + (f", at most {most}" if most < math.inf else ""))
 
 
 def _sample(x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
@@ -229,6 +230,11 @@ def _sample(x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
     if not rows.isfinite().all():
         raise UserError("the activations hold inf or nan: a baseline cannot be fitted to them")
     return rows
+
+
+def _spread(rows: Float[Tensor, "N d_in"], most: int = 4096) -> Float[Tensor, "n d_in"]:
+    """At most `most` rows, evenly spread over all."""
+    return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), dtype=torch.float64).round().long()]
 
 
 def _gain(projections: Tensor, atoms: Tensor, threshold: float = 0.0) -> tuple[float, float]:
@@ -254,11 +260,7 @@ def _orthogonal(rows: Tensor) -> Tensor:
     return left @ right
 
 
-def _signed(encoder: Tensor, atoms: Tensor, mean: Tensor, like: Tensor) -> FixedReLU:
+def _signed(encoder: Tensor, atoms: Tensor, mean: Tensor) -> FixedReLU:
     """Every direction as a pair: f = relu([s, -s]) with s = (x - mean) @ encoder, atoms [v, -v]."""
     both = torch.cat([encoder, -encoder], 1)
-    return _placed(like, both, torch.zeros(both.shape[1]), torch.cat([atoms, -atoms]), mean)
-
-
-def _placed(like: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> FixedReLU:
-    return FixedReLU(W_enc, b_enc, W_dec, b_dec).to(like.device)
+    return FixedReLU(both, torch.zeros(both.shape[1]), torch.cat([atoms, -atoms]), mean)

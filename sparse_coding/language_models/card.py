@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +19,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
+FACTS = "training.json"
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -26,6 +32,7 @@ class Facts:
     text_sha256: str  # of the train and held-out token ids and the vocabulary size
     tokenizer: str  # bpe, char or gpt2
     vocab_size: int
+    vocab_size_asked: int | None  # of bpe; little text supports fewer
     train_tokens: int
     held_out_tokens: int
     tokens_seen: int  # train tokens that went through the model, repeats counted
@@ -41,7 +48,43 @@ class Facts:
     unigram: float  # the same for counting single tokens
     bigram: float  # and for counting pairs
     bigram_weight: float
-    samples: list[tuple[str, str]]  # prompt, continuation
+    samples: list[list[str]]  # prompt, continuation
+
+    def result(self) -> str:
+        """The losses in one line."""
+        return (
+            f"{self.validation_loss:.4f} nats per token on the held-out text "
+            f"(pair counts {self.bigram:.4f}, single-token counts {self.unigram:.4f})"
+        )
+
+
+def read(folder: Path) -> Facts:
+    """The facts that a finished run left in its folder."""
+    return Facts(**json.loads((folder / FACTS).read_text()))
+
+
+def publish(out: Path, aside: Path, model: GPT2LMHeadModel, tokenizer: Path, facts: Facts) -> None:
+    """Write a model folder in `aside`, on the same disk as `out`, then move its files to `out`, training.json last.
+
+    So `out` holds training.json only when everything else is there. `tokenizer` is the folder of the tokenizer's files.
+    """
+    from transformers.utils import logging
+
+    shutil.rmtree(aside, ignore_errors=True)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar for one file
+    model.to("cpu").save_pretrained(aside)  # type: ignore[arg-type]
+    if bars:
+        logging.enable_progress_bar()
+    for path in tokenizer.iterdir():
+        shutil.copy(path, aside / path.name)
+    (aside / FACTS).write_text(json.dumps(dataclasses.asdict(facts), indent=1) + "\n", encoding="utf-8")
+    (aside / "README.md").write_text(render(facts, aside), encoding="utf-8")
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == FACTS):
+        with path.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        path.chmod(0o644)  # safetensors writes for the owner alone
+        os.replace(path, out / path.name)
 
 
 def hardware(device: torch.device) -> str:
@@ -72,14 +115,14 @@ def samples(
     held_out: Integer[np.ndarray, "N"],
     seed: int,
     count: int = 3,
-) -> list[tuple[str, str]]:
+) -> list[list[str]]:
     """At `count` places spread evenly over the held-out text: (eight tokens of it, what the model adds)."""
     found = []
     for i in range(count):
         start = (len(held_out) - 8) * i // count
         prompt = torch.from_numpy(held_out[start : start + 8].astype(np.int64))
         tokens = sample(model, prompt, new_tokens=64, seed=seed + i)
-        found.append((str(tokenizer.decode(prompt.tolist())), str(tokenizer.decode(tokens[len(prompt) :].tolist()))))
+        found.append([str(tokenizer.decode(part.tolist())) for part in (tokens[:8], tokens[8:])])
     return found
 
 
@@ -97,8 +140,9 @@ def render(facts: Facts, folder: Path) -> str:
         "",
         f"# A small GPT: {layers} layers, {width} wide, {heads} heads, context {context}",
         "",
-        f"A `GPT2LMHeadModel` (exact GELU, tied embedding{'' if config['bias'] else ', all biases zero'}) trained to be",
-        "studied, not to be talked to. It opens with `transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`.",
+        f"A `GPT2LMHeadModel` with exact GELU and tied embedding{'' if config['bias'] else ', all biases zero'},",
+        "trained to be studied, not to be talked to.",
+        "It opens with `transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`.",
         "",
         "## How good it is",
         "",

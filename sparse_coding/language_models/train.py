@@ -23,16 +23,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int, Integer, UInt
 from torch import Tensor
 
-from sparse_coding.activations.text import PYTHON_DOCS, TextSettings, documents
+from sparse_coding.activations.text import PYTHON_DOCS, TextSettings, documents, text_identity
 from sparse_coding.activations.tokens import contexts, flat
 from sparse_coding.errors import Interrupted, UserError, reported
 from sparse_coding.language_models import card
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 LOG = "train_log.jsonl"
-FACTS = "training.json"
 STATE = "training_state"
 
 
@@ -160,11 +159,13 @@ def windows_at(
 def dropout_from(seed: int, device: torch.device) -> Iterator[None]:
     """Dropout inside draws from `seed`; the global generators are as before afterwards."""
     metal = torch.mps.get_rng_state() if device.type == "mps" else None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-    if metal is not None:
-        torch.mps.set_rng_state(metal)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        if metal is not None:
+            torch.mps.set_rng_state(metal)
 
 
 @dataclass
@@ -300,10 +301,9 @@ def load_state(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -> Pro
 
 
 def refuse_other_run(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """`UserError` naming what differs when `folder` holds a run with another config or text."""
-    old, new = ({**run["config"], "text": run["text"]} for run in (there, here))
-    differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    changed = [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in differing]
+    """`UserError` naming what differs when `folder` holds a run with other settings or another text."""
+    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    changed = [f"{key} was {there.get(key)!r}, now {here.get(key)!r}" for key in differing]
     if changed:
         raise UserError(
             f"{folder} holds a run with other settings ({'; '.join(changed)}): "
@@ -374,91 +374,97 @@ class Display:
             self.bar.stop()
 
 
+class Run:
+    """A trainer with its folder: knows where training stands, and writes the log, the best weights and the state."""
+
+    def __init__(self, trainer: Trainer, folder: Path, identity: Mapping[str, Any]):
+        self.trainer, self.config, self.folder, self.identity = trainer, trainer.config, folder, identity
+        (folder / STATE).mkdir(parents=True, exist_ok=True)
+        self.state, self.best = folder / STATE / "state.safetensors", folder / STATE / "best.safetensors"
+        self.resumed = self.state.exists()
+        self.progress = load_state(self.state, trainer, identity) if self.resumed else Progress()
+        keep_log_until(folder / LOG, self.progress.iteration if self.resumed else -1)
+        self.display = Display(self.config.max_iters, self.progress.iteration)
+        self.begun = time.monotonic() - self.progress.seconds
+        self.saved_at, self.save_cost = time.monotonic(), 0.0
+        self.mark, self.mark_iteration = time.monotonic(), self.progress.iteration  # since when speed is measured
+
+    def log(self, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> None:
+        """The line of an update."""
+        iteration, now, value = self.progress.iteration, time.monotonic(), loss.item()
+        rate = (iteration - self.mark_iteration) * self.config.tokens_per_iteration / (now - self.mark)
+        self.mark, self.mark_iteration = now, iteration
+        lr = learning_rate(self.config, iteration - 1)
+        self._write({"tokens_per_second": rate, "lr": lr, "loss": value, "grad_norm": norm.item()}, value)
+        self.display.update(iteration, value, rate)
+
+    def evaluate(self) -> None:
+        """Log the losses on both texts; keep the weights if they are the best so far (fresh ones never are)."""
+        losses, iteration = self.trainer.evaluate(), self.progress.iteration
+        self._write(losses, losses["val_loss"])
+        said = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        self.display.say(f"{iteration}/{self.config.max_iters}  {said}")
+        if iteration and losses["val_loss"] < self.progress.best_loss:
+            self.progress.best_loss, self.progress.best_iteration = losses["val_loss"], iteration
+            save_weights(self.best, self.trainer.model)
+
+    def save(self) -> None:
+        start = time.monotonic()
+        self.progress.seconds = start - self.begun
+        save_state(self.state, self.trainer, self.progress, self.identity)
+        self.saved_at, self.save_cost = time.monotonic(), time.monotonic() - start
+        self.mark, self.mark_iteration = self.saved_at, self.progress.iteration
+
+    def save_is_late(self) -> bool:
+        """Whether the last save is a minute old, or so old that saving stays below a twentieth of the time."""
+        return time.monotonic() - self.saved_at > max(60.0, 20 * self.save_cost)
+
+    def _write(self, facts: Mapping[str, float], loss: float) -> None:
+        """Append a line to the log; raises `UserError` if the loss is not finite."""
+        iteration, config = self.progress.iteration, self.config
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at update {iteration}: lower learning_rate (now {config.learning_rate:g}), "
+                f"raise warmup_iters (now {config.warmup_iters}) or set grad_clip (now {config.grad_clip:g})"
+            )
+        line = {"iteration": iteration, "tokens": iteration * config.tokens_per_iteration}
+        with (self.folder / LOG).open("a") as log:
+            log.write(json.dumps({**line, "seconds": time.monotonic() - self.begun, **facts}) + "\n")
+
+
 def fit(trainer: Trainer, folder: Path, identity: Mapping[str, Any], stop_at: int | None = None) -> Progress:
     """Train to `max_iters`, going on from `folder`'s state if it has one; the model ends with the weights to keep.
 
     Every `eval_interval` updates: evaluate, keep the best weights, save the state. Raises `Interrupted` once the state
     is saved after Ctrl-C, SIGTERM or, for tests, after update `stop_at`; `UserError` if the loss is not finite.
     """
-    config, state = trainer.config, folder / STATE
-    state.mkdir(parents=True, exist_ok=True)
-    resumed = (state / "state.safetensors").exists()
-    progress = load_state(state / "state.safetensors", trainer, identity) if resumed else Progress()
-    keep_log_until(folder / LOG, progress.iteration if resumed else -1)
-    display = Display(config.max_iters, progress.iteration)
-    begun = time.monotonic() - progress.seconds
-    saved_at, cost = time.monotonic(), 0.0
-
-    def evaluate() -> None:
-        losses = trainer.evaluate()
-        display.say(f"{progress.iteration}/{config.max_iters}  " + "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
-        record = {"iteration": progress.iteration, "tokens": progress.iteration * config.tokens_per_iteration}
-        write_line(log, {**record, "seconds": time.monotonic() - begun, **losses})
-        if progress.iteration and losses["val_loss"] < progress.best_loss:
-            progress.best_loss, progress.best_iteration = losses["val_loss"], progress.iteration
-            save_weights(state / "best.safetensors", trainer.model)
-
-    with (folder / LOG).open("a") as log, stop_requests() as asked:
+    config, run = trainer.config, Run(trainer, folder, identity)
+    progress = run.progress
+    with stop_requests() as asked:
         try:
-            if not resumed:
-                evaluate()
-            mark, mark_iteration = time.monotonic(), progress.iteration
+            if not run.resumed:
+                run.evaluate()
             while progress.iteration < config.max_iters:
                 loss, norm = trainer.update(progress.iteration)
                 progress.iteration += 1
                 if progress.iteration % config.log_interval == 0:
-                    now = time.monotonic()
-                    rate = (progress.iteration - mark_iteration) * config.tokens_per_iteration / (now - mark)
-                    mark, mark_iteration = now, progress.iteration
-                    line = log_line(config, progress.iteration, now - begun, rate, loss.item(), norm.item())
-                    write_line(log, line)
-                    display.update(progress.iteration, line["loss"], rate)
+                    run.log(loss, norm)
                 due = progress.iteration % config.eval_interval == 0 or progress.iteration == config.max_iters
-                if due:
-                    evaluate()
                 stop = asked() or progress.iteration == stop_at
-                late = time.monotonic() - saved_at > max(60.0, 20 * cost)  # a twentieth of the time at most
-                if due or stop or late:
-                    start = time.monotonic()
-                    progress.seconds = start - begun
-                    save_state(state / "state.safetensors", trainer, progress, identity)
-                    saved_at = mark = time.monotonic()
-                    mark_iteration, cost = progress.iteration, saved_at - start
+                if due:
+                    run.evaluate()
+                if due or stop or run.save_is_late():
+                    run.save()
                 if stop and progress.iteration < config.max_iters:
                     raise Interrupted(
                         f"training is saved after update {progress.iteration} of {config.max_iters} in {folder}; "
                         "start the same command again to go on"
                     )
         finally:
-            display.close()
-    if not config.always_save_checkpoint and progress.best_iteration:
-        load_weights(state / "best.safetensors", trainer.model)
+            run.display.close()
+    if not config.always_save_checkpoint:
+        load_weights(run.best, trainer.model)
     return progress
-
-
-def log_line(
-    config: TrainConfig, iteration: int, seconds: float, rate: float, loss: float, norm: float
-) -> dict[str, float]:
-    """One training line of train_log.jsonl, after `iteration` updates; raises `UserError` if the loss is not finite."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} at update {iteration}: lower learning_rate (now {config.learning_rate:g}), "
-            f"raise warmup_iters (now {config.warmup_iters}) or set grad_clip (now {config.grad_clip:g})"
-        )
-    return {
-        "iteration": iteration,
-        "tokens": iteration * config.tokens_per_iteration,
-        "seconds": seconds,
-        "tokens_per_second": rate,
-        "lr": learning_rate(config, iteration - 1),
-        "loss": loss,
-        "grad_norm": norm,
-    }
-
-
-def write_line(log: Any, line: Mapping[str, float]) -> None:
-    log.write(json.dumps(line) + "\n")
-    log.flush()
 
 
 # --- from text to folder ---------------------------------------------------------------------------------------------
@@ -483,48 +489,44 @@ def train_lm(
     config, notes = load_config(config_path, overrides)
     for note in notes:
         print(f"note: {note}")
-    place = device_for(config)
+    device = device_for(config)
     refuse_foreign_folder(out)
-    words = tokenizer_for(tokenizer, vocab_size, text, out)
-    settings = [contexts(text, words, part=part, context=config.block_size) for part in ("train", "held_out")]
-    train, held_out = (flat(part) for part in settings)
-    for name, tokens in (("training", train), ("held-out", held_out)):
-        if len(tokens) <= config.block_size:
-            raise UserError(
-                f"the {name} text has {len(tokens)} tokens, block_size = {config.block_size} needs at least one more: "
-                "give more text or set a smaller block_size"
-            )
-    identity = {"config": dataclasses.asdict(config), "text": sha256_of(train, held_out, len(words))}
-    if (out / FACTS).exists():
-        facts = card.Facts(**json.loads((out / FACTS).read_text()))
-        refuse_other_run(out, {"config": facts.config, "text": facts.text_sha256}, identity)
+    words, words_folder = tokenizer_for(tokenizer, vocab_size, text, out)
+    train, held_out = token_streams(text, words, config.block_size)
+    asked = {"tokenizer": tokenizer, "vocab_size": vocab_size}
+    identity = {**dataclasses.asdict(config), **asked, "text": sha256_of(train, held_out, len(words))}
+    if (out / card.FACTS).exists():
+        facts = card.read(out)
+        asked = {"tokenizer": facts.tokenizer, "vocab_size": facts.vocab_size_asked}
+        refuse_other_run(out, {**facts.config, **asked, "text": facts.text_sha256}, identity)
         shutil.rmtree(out / STATE, ignore_errors=True)
-        print(f"{out} is trained already: {facts.validation_loss:.4f} nats per token on the held-out text")
+        print(f"{out} is trained already: {facts.result()}")
         return facts
 
-    model = build(config, len(words), words.eos_token_id)
-    trainer = Trainer(config, model, train, held_out, place, precision(config, place))
+    model = build(config, len(words), int(words.eos_token_id) if words.eos_token_id is not None else None)  # type: ignore[arg-type]
+    trainer = Trainer(config, model, train, held_out, device, precision(config, device))
     counted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(
         f"{counted:,} parameters, {len(words):,} tokens in the vocabulary; {len(train):,} tokens of text, "
         f"{len(held_out):,} held out; {config.max_iters:,} updates of {config.tokens_per_iteration:,} tokens "
-        f"on {card.hardware(place)}, {dtype_name(trainer.dtype)}"
+        f"on {card.hardware(device)}, {dtype_name(trainer.dtype)}"
     )
     progress = fit(trainer, out, identity)
     counting = baselines(train, held_out, len(words))
     call = f"train_lm({str(config_path)!r}, {dict(overrides)!r}, {text!r}, out={str(out)!r}, tokenizer={tokenizer!r})"
     facts = card.Facts(
         command=command or call,
-        config=identity["config"],
+        config=dataclasses.asdict(config),
         text={key: value for key, value in dataclasses.asdict(text).items() if value is not None},
         text_sha256=identity["text"],
         tokenizer=tokenizer,
         vocab_size=len(words),
+        vocab_size_asked=vocab_size,
         train_tokens=len(train),
         held_out_tokens=len(held_out),
         tokens_seen=config.max_iters * config.tokens_per_iteration,
         seconds=progress.seconds,
-        hardware=card.hardware(place),
+        hardware=card.hardware(device),
         dtype=dtype_name(trainer.dtype),
         python=platform.python_version(),
         torch=torch.__version__.partition("+")[0],
@@ -537,12 +539,24 @@ def train_lm(
         bigram_weight=counting.bigram_weight,
         samples=card.samples(model.eval(), words, held_out, derive(config.seed, "samples")),
     )
-    publish(out, model, facts)
-    print(
-        f"{out}: {facts.validation_loss:.4f} nats per token on the held-out text "
-        f"(pair counts {facts.bigram:.4f}, single-token counts {facts.unigram:.4f})"
-    )
+    card.publish(out, out / STATE / "finished", model, words_folder, facts)
+    shutil.rmtree(out / STATE)
+    print(f"{out}: {facts.result()}")
     return facts
+
+
+def token_streams(
+    text: TextSettings, tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> tuple[UInt[np.ndarray, "N"], UInt[np.ndarray, "K"]]:
+    """The training and the held-out tokens, documents end to end; raises `UserError` for less than one window."""
+    train, held_out = (flat(contexts(text, tokenizer, part=part, context=block_size)) for part in ("train", "held_out"))
+    for name, tokens in (("training", train), ("held-out", held_out)):
+        if len(tokens) <= block_size:
+            raise UserError(
+                f"the {name} text has {len(tokens)} tokens, block_size = {block_size} needs at least one more: "
+                "give more text or set a smaller block_size"
+            )
+    return train, held_out
 
 
 def device_for(config: TrainConfig) -> torch.device:
@@ -579,19 +593,25 @@ def refuse_foreign_folder(out: Path) -> None:
     """`UserError` if `out` holds files of something else, which the model's files could overwrite."""
     if out.is_file():
         raise UserError(f"--out {out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (STATE, FACTS)):
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (STATE, card.FACTS)):
         raise UserError(f"--out {out} holds files that are no training run; name a new folder")
 
 
-def tokenizer_for(name: str, vocab_size: int | None, text: TextSettings, out: Path) -> PreTrainedTokenizerBase:
-    """The run's tokenizer: from an earlier start of the run, made from the training text, or loaded by name."""
+def tokenizer_for(
+    name: str, vocab_size: int | None, text: TextSettings, out: Path
+) -> tuple[PreTrainedTokenizerBase, Path]:
+    """The run's tokenizer and the folder of its files: kept from an earlier start, made from the text, or loaded.
+
+    What is kept is filed under everything it depends on, so another text or size never gets it.
+    """
     from sparse_coding.language_models.tokenizers import character_tokenizer, load_tokenizer, train_byte_bpe
 
     if vocab_size is not None and name != "bpe":
         raise UserError(f"--vocab-size is for --tokenizer bpe; {name!r} has its own vocabulary")
-    kept = out / STATE / "tokenizer"
-    if (out / FACTS).exists():
-        return load_tokenizer(out)
+    if (out / card.FACTS).exists():
+        return load_tokenizer(out), out
+    key = json.dumps([name, vocab_size, text_identity(text), text.held_out], sort_keys=True)
+    kept = out / STATE / f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not kept.exists():
         part = out / STATE / "tokenizer.part"
         shutil.rmtree(part, ignore_errors=True)
@@ -602,7 +622,7 @@ def tokenizer_for(name: str, vocab_size: int | None, text: TextSettings, out: Pa
         else:
             load_tokenizer(name).save_pretrained(part)
         part.rename(kept)
-    return load_tokenizer(kept)
+    return load_tokenizer(kept), kept
 
 
 def sha256_of(train: Integer[np.ndarray, "N"], held_out: Integer[np.ndarray, "K"], vocab_size: int) -> str:
@@ -614,27 +634,7 @@ def sha256_of(train: Integer[np.ndarray, "N"], held_out: Integer[np.ndarray, "K"
     return digest.hexdigest()
 
 
-def publish(out: Path, model: GPT2LMHeadModel, facts: card.Facts) -> None:
-    """Write the model's files beside the state, move them into `out` (training.json last), and remove the state."""
-    from transformers.utils import logging as transformers_logging
-
-    finished = out / STATE / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # a bar for one file of one shard
-    model.to("cpu").save_pretrained(finished)  # type: ignore[arg-type]
-    if bars:
-        transformers_logging.enable_progress_bar()
-    for path in (out / STATE / "tokenizer").iterdir():
-        shutil.copy(path, finished / path.name)
-    (finished / FACTS).write_text(json.dumps(dataclasses.asdict(facts), indent=1) + "\n")
-    (finished / "README.md").write_text(card.render(facts, finished))
-    for path in sorted(finished.iterdir(), key=lambda path: path.name == FACTS):
-        with path.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        path.chmod(0o644)  # safetensors writes for the owner alone
-        os.replace(path, out / path.name)
-    shutil.rmtree(out / STATE)
+Pairs: TypeAlias = tuple[tuple[str, ...], ...]  # one tuple for each time that --set is given
 
 
 @dataclass(frozen=True)
@@ -651,7 +651,7 @@ class TrainLM:
     """The config file: lines such as `n_layer = 6` with the keys of nanoGPT's train.py. It is read, never executed."""
     out: Path
     """The folder of the model; it must be new, or hold this same run."""
-    overrides: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE")] = ()
+    overrides: Annotated[Pairs, tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
     """Settings that win over those of the config file, as max_iters=2000 batch_size=32."""
     tokenizer: str = "bpe"
     """bpe (byte pairs learnt from the text), char (one token per character), gpt2, or any on the hub or in a folder."""
@@ -684,5 +684,5 @@ def main(args: list[str]) -> None:
             held_out=asked.held_out,
         )
         command = f"python -m sparse_coding train-lm {shlex.join(args)}"
-        overrides = parse_overrides(asked.overrides)
+        overrides = parse_overrides([pair for pairs in asked.overrides for pair in pairs])
         train_lm(asked.config, overrides, text, asked.out, asked.tokenizer, asked.vocab_size, command)

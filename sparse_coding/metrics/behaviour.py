@@ -1,11 +1,12 @@
 """What a language model loses when the activations at a site are replaced by their reconstruction.
 
-Nothing here knows a model: `run(tokens, fn)` returns the logits `[B S V]` of a model in which the activations at the
-site have passed through `fn` (None: the untouched model). With `sparse_coding.activations.capture` that is
+Nothing here knows a model: `run(tokens, fn)` returns the logits `[B S V]` of a model in which the activations `[B S d]`
+at the site have passed through `fn` (None: the untouched model). With `sparse_coding.activations.capture` that is
 
-    run = lambda tokens, fn: splice(model, tokens, site, fn)
+    run = lambda tokens, fn, attention=None: splice(model, tokens, site, fn, attention)
 
-A mask `[B S]` says which tokens are real (True) and which are padding, or not to be judged for another reason.
+A mask `[B S]` says which tokens are real (True) and which are padding, or special tokens no dictionary was trained on.
+They are not judged and keep their activations. An attention mask, only where there is padding, is handed on to `run`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from sparse_coding.metrics.reconstruction import ratio
 
 Replace: TypeAlias = Callable[[Tensor], Tensor]
 """Activations `[... d_in]` of the model to what is put in their place, of the same shape."""
-Run: TypeAlias = Callable[[Tensor, Replace | None], Tensor]
-Batch: TypeAlias = Tensor | tuple[Tensor, Tensor | None]
+Run: TypeAlias = Callable[..., Tensor]
+"""(tokens, Replace or None) -> logits; called with a third argument, the attention mask, for batches that have one."""
+Batch: TypeAlias = Tensor | tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor | None]
+"""tokens `[B S]`, (tokens, mask) or (tokens, mask, attention)."""
 Kind = Literal["causal", "masked"]
 
 
@@ -93,9 +96,9 @@ def behaviour(
     in every position; KL is KL(clean || changed). Nothing is clipped, and a ratio with nothing to recover is None.
     Sources: Bricken et al. (2023) for the CE share; the KL share as in SAELens and SAEBench.
 
-    Batches are tokens `[B S]` or (tokens, mask). Clean, zero and mean run once per batch for all reconstructions, and
-    everything is averaged over the same `judged_positions`. kind="masked" is for models such as BERT that do not
-    predict a next token: only KL has a meaning there, and every ce_ value is None.
+    Clean, zero and mean run once per batch for all reconstructions; everything is averaged over the same
+    `judged_positions`, and every change is made at the real tokens alone. kind="masked" is for models such as BERT that
+    do not predict a next token: only KL has a meaning there, and every ce_ value is None.
 
     Returns per reconstruction: ce_clean, ce_spliced, ce_zero, ce_mean, kl_spliced, kl_zero, kl_mean, ce_recovered_zero,
     ce_recovered_mean, kl_recovered_zero, kl_recovered_mean. Raises UserError when no position can be judged.
@@ -104,18 +107,18 @@ def behaviour(
     clean_ce, count = 0.0, 0
     sums = [(0.0, 0.0)] * len(changes)  # (CE, KL)
     for batch in batches:
-        tokens, mask = (batch, None) if isinstance(batch, Tensor) else batch
+        tokens, mask, *attention = (batch, None) if isinstance(batch, Tensor) else batch
+        given = [one for one in attention if one is not None]
         judged = judged_positions(tokens, mask, kind)
         if not judged.any():
             continue
         count += int(judged.sum())
         targets = _targets(tokens, judged) if kind == "causal" else [None] * len(tokens)
-        clean = list(_log_probabilities(run(tokens, None), judged))
+        clean = list(_log_probabilities(run(tokens, None, *given), judged))
         clean_ce += sum(_ce(log_p, target) for log_p, target in zip(clean, targets, strict=True))
         for i, change in enumerate(changes):
-            for log_p, log_q, target in zip(
-                clean, _log_probabilities(run(tokens, change), judged), targets, strict=True
-            ):
+            changed = _log_probabilities(run(tokens, _at_real_tokens(change, mask), *given), judged)
+            for log_p, log_q, target in zip(clean, changed, targets, strict=True):
                 sums[i] = sums[i][0] + _ce(log_q, target), sums[i][1] + _kl(log_p, log_q)
     if not count:
         raise UserError("no position can be judged: give batches with rows of at least two real tokens")
@@ -124,6 +127,12 @@ def behaviour(
         name: _scores(clean_ce / count, zero, mean, one, causal=kind == "causal")
         for name, one in zip(reconstructions, spliced, strict=True)
     }
+
+
+def _at_real_tokens(change: Replace, mask: Bool[Tensor, "B S"] | None) -> Replace:
+    if mask is None:
+        return change
+    return lambda x: torch.where(mask.to(x.device, torch.bool)[..., None], change(x), x)
 
 
 def _scores(

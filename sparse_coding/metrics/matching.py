@@ -34,7 +34,7 @@ def mmcs(reference: Float[Tensor, "G d"], atoms: Float[Tensor, "n d"], chunk: in
     Truth as the reference asks which features were found (Sharkey et al. 2022: the mean over true features); the
     learned atoms as the reference ask which atoms are features. The two differ.
     """
-    return max_cosines(reference, atoms, chunk).double().mean().item()
+    return max_cosines(reference, atoms, chunk).cpu().double().mean().item()
 
 
 def mmcs_with_larger(small: Float[Tensor, "n d"], large: Float[Tensor, "m d"], chunk: int = CHUNK) -> float:
@@ -52,7 +52,7 @@ def mmcs_with_larger(small: Float[Tensor, "n d"], large: Float[Tensor, "m d"], c
 
 def fraction_above(cosines: Float[Tensor, " G"], threshold: float = 0.9) -> float:
     """|{i : m_i > threshold}| / G, of the maxima that `max_cosines` returns (0.9: the 2023 replication)."""
-    return (cosines > threshold).double().mean().item()
+    return (cosines > threshold).sum().item() / len(cosines)
 
 
 def mcc(reference: Float[Tensor, "G d"], atoms: Float[Tensor, "n d"], absolute: bool = True) -> float:
@@ -64,11 +64,9 @@ def mcc(reference: Float[Tensor, "G d"], atoms: Float[Tensor, "n d"], absolute: 
     """
     from scipy.optimize import linear_sum_assignment
 
-    directions_a, _ = _directions(reference)
-    directions_b, _ = _directions(atoms)
-    dtype = torch.promote_types(directions_a.dtype, directions_b.dtype)
-    cosines = directions_a.to(dtype) @ directions_b.to(directions_a.device, dtype).T
-    table = (cosines.abs() if absolute else cosines).double().cpu().numpy()
+    (reference, _), (atoms, _) = _directions(reference, atoms)
+    cosines = reference @ atoms.T
+    table = (cosines.abs() if absolute else cosines).cpu().double().numpy()
     rows, columns = linear_sum_assignment(table, maximize=True)
     return float(table[rows, columns].mean())
 
@@ -85,35 +83,41 @@ def uniqueness(
     return len(best[best >= 0].unique()) / len(atoms)
 
 
-def _directions(rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Bool[Tensor, " n"]]:
-    """Unit rows in float32 at least, and which of them have a direction; the others are zero."""
-    if rows.ndim != 2 or not len(rows):
-        raise UserError(
-            f"a dictionary of shape {tuple(rows.shape)} was given: it must be [atoms, width], one atom or more"
-        )
-    rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
-    norms = rows.norm(dim=1)
-    valid = (norms > 0) & norms.isfinite()
-    unit = rows / torch.where(valid, norms, 1.0)[:, None]
-    return unit.masked_fill(~valid[:, None], 0.0), valid
+def _directions(
+    *dictionaries: Float[Tensor, "_ d"],
+) -> list[tuple[Float[Tensor, "_ d"], Bool[Tensor, " _"]]]:
+    """For each: its unit rows, and which of them have a direction (the others are zero). All come in one dtype, float32
+    at least, on the device of the first."""
+    dtype = torch.float32
+    for rows in dictionaries:
+        if rows.ndim != 2 or not len(rows):
+            raise UserError(
+                f"a dictionary of shape {tuple(rows.shape)} was given: it must be [atoms, width], one atom or more"
+            )
+        dtype = torch.promote_types(dtype, rows.dtype)
+    found = []
+    for rows in dictionaries:
+        rows = rows.detach().to(dictionaries[0].device, dtype)
+        norms = rows.norm(dim=1)
+        valid = (norms > 0) & norms.isfinite()
+        unit = rows / torch.where(valid, norms, 1.0)[:, None]
+        found.append((unit.masked_fill(~valid[:, None], 0.0), valid))
+    return found
 
 
 def _best(
     reference: Float[Tensor, "G d"], atoms: Float[Tensor, "n d"], chunk: int, absolute: bool
 ) -> tuple[Float[Tensor, " G"], Int[Tensor, " G"]]:
     """The best cosine of each reference row and the index of that atom; (0, -1) where there is no direction."""
-    reference, reference_valid = _directions(reference)
-    atoms, atom_valid = _directions(atoms)
-    dtype = torch.promote_types(reference.dtype, atoms.dtype)
-    indices = atom_valid.nonzero()[:, 0].to(reference.device)
-    candidates = atoms[atom_valid].to(reference.device, dtype).T
-    cosines = torch.zeros(len(reference), dtype=dtype, device=reference.device)
-    best = torch.full((len(reference),), -1, dtype=torch.long, device=reference.device)
+    (reference, reference_valid), (atoms, atom_valid) = _directions(reference, atoms)
+    indices, candidates = atom_valid.nonzero()[:, 0], atoms[atom_valid].T
+    cosines = reference.new_zeros(len(reference))
+    best = torch.full_like(cosines, -1, dtype=torch.long)
     if not len(indices):
         return cosines, best
     for start in range(0, len(reference), chunk):
         part = slice(start, start + chunk)
-        table = reference[part].to(dtype) @ candidates
+        table = reference[part] @ candidates
         found = (table.abs_() if absolute else table).max(dim=1)
         cosines[part], best[part] = found.values, indices[found.indices]
     cosines[~reference_valid] = 0.0

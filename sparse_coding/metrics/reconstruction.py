@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +20,9 @@ from sparse_coding.errors import UserError
 LOG10_EDGES: tuple[float, ...] = tuple(-6 + step / 4 for step in range(25))
 """Bins of the density histogram: quarters of a decade from 1e-6 to 1."""
 
-_SCALARS: tuple[str, ...] = ("residual", "input_energy", "output_energy", "overlap", "cosine", "nonzero", "l1")
+Histogram: TypeAlias = dict[str, list[float] | list[int] | int]
+
+_SCALARS: tuple[str, ...] = ("residual", "output_energy", "overlap", "cosine", "nonzero", "l1")
 
 
 class Reconstruction:
@@ -45,30 +48,28 @@ class Reconstruction:
         if not len(x):
             return
         x, x_hat = x.float(), x_hat.float()
-        # Written into floats: summing booleans over rows is several times slower on a CPU.
-        fired = torch.ne(f, 0, out=torch.empty(f.shape, device=f.device)).sum(0)
-        centre = x.mean(0)
-        centred = x - centre
-        drift = centred.mean(0)  # what rounding left in the batch mean
+        if f.device.type == "cpu":  # summing booleans over rows is ten times slower there than summing floats
+            fired = torch.ne(f, 0, out=torch.empty(f.shape)).sum(0)
+        else:
+            fired = (f != 0).sum(0).float()
+        mean = x.mean(0)
         x_norm, hat_norm = x.norm(dim=1), x_hat.norm(dim=1)
         overlap = (x * x_hat).sum(1)
         # A zero reconstruction has cosine 0; a zero x has none and leaves the mean.
         cosine = overlap / torch.where((x_norm > 0) & (hat_norm > 0), x_norm * hat_norm, 1.0)
         scalars = {
             "residual": (x - x_hat).square().sum(),
-            "input_energy": x_norm.square().sum(),
             "output_energy": hat_norm.square().sum(),
             "overlap": overlap.sum(),
             "cosine": cosine.sum(),
             "nonzero": (x_norm > 0).sum(),
             "l1": f.abs().sum(dtype=torch.float32),
         }
-        numbers = [scalars[name].float() for name in _SCALARS] + [centred.square().sum()]
-        packed = torch.cat([torch.stack(numbers), centre, drift, fired]).cpu().double()
-        totals, centre, drift, fired = packed.split([len(numbers), self.d_in, self.d_in, self.d_sae])
+        numbers = [scalars[name].float() for name in _SCALARS] + [(x - mean).square().sum()]
+        packed = torch.cat([torch.stack(numbers), mean, fired]).cpu().double()
+        totals, mean, fired = packed.split([len(numbers), self.d_in, self.d_sae])
         *sums, deviation = totals.tolist()
-        deviation -= len(x) * drift.square().sum().item()
-        self._add(len(x), centre + drift, deviation, dict(zip(_SCALARS, sums, strict=True)), fired.long())
+        self._add(len(x), mean, deviation, dict(zip(_SCALARS, sums, strict=True)), fired.long())
 
     def merge(self, other: Reconstruction) -> None:
         """Add the rows another accumulator has seen."""
@@ -117,6 +118,10 @@ class Reconstruction:
             "dead_fraction": dead / self.d_sae,
             "rows": rows,
         }
+
+    def density_histogram(self, edges: Sequence[float] | Tensor = LOG10_EDGES) -> Histogram:
+        """The histogram of log10 firing frequencies: see the function of this name."""
+        return density_histogram(self.firing_counts, self.rows, edges)
 
     @property
     def mean(self) -> Float[Tensor, " d_in"]:
@@ -172,8 +177,8 @@ def evaluate_reconstructions(
 
 
 def density_histogram(
-    counts: Int[Tensor, " d_sae"], rows: int, edges: Sequence[float] = LOG10_EDGES
-) -> dict[str, list[float] | list[int] | int]:
+    counts: Int[Tensor, " d_sae"], rows: int, edges: Sequence[float] | Tensor = LOG10_EDGES
+) -> Histogram:
     """How many latents fire how often: bins of log10(counts / rows) between ascending `edges`, and those that never do.
 
     A bin holds its lower edge, the last one both; what lies outside the edges goes to the nearest bin, so that the sum
@@ -181,12 +186,12 @@ def density_histogram(
     """
     if rows < 1:
         raise UserError(f"a density needs rows, but {rows} were seen: evaluate the dictionary first")
-    fired = counts[counts > 0].double().cpu()
-    bounds = torch.tensor(edges, dtype=torch.float64)
+    fired = counts[counts > 0].cpu().double()
+    bounds = torch.as_tensor(edges, dtype=torch.float64)
     bins = torch.bucketize((fired / rows).log10(), bounds, right=True) - 1
     found = torch.bincount(bins.clamp(0, len(bounds) - 2), minlength=len(bounds) - 1)
     return {
-        "log10_edges": [float(edge) for edge in edges],
+        "log10_edges": bounds.tolist(),
         "counts": found.tolist(),
         "never_fired": int((counts == 0).sum()),
     }

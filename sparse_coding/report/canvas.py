@@ -1,4 +1,4 @@
-"""Figures without global state: sizes in inches, one palette, PNG for the folder and SVG that follows the page's colours.
+"""Figures without global state: sizes in inches, one palette, PNG for the folder, SVG in the page's colours.
 
 matplotlib draws with the colours below; in the SVG each becomes a CSS variable, so one picture suits light and dark.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from sparse_coding.report.records import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +37,7 @@ RC = {
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
     "axes.facecolor": "none",
+    "axes.axisbelow": True,
     "figure.facecolor": PAPER,
     "text.color": INK,
     "text.parse_math": False,
@@ -95,17 +98,12 @@ def sequence(count: int) -> list[Any]:
     return [viridis(0.28 + 0.55 * index / max(count - 1, 1)) for index in range(count)]
 
 
-def number_axis(axis: Any, values: Sequence[float] = ()) -> None:
-    """Plain numbers on a log axis (1, 30, 0.01), at the given values where there are any."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+def number_axis(axis: Any) -> None:
+    """Plain numbers on a log axis that holds its data already: 1, 3, 10, 30; powers of ten on a long one."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    from sparse_coding.report.records import short
-
-    if len(values):
-        axis.set_major_locator(FixedLocator(list(values)))
-        axis.set_minor_locator(FixedLocator([]))
-    else:
-        axis.set_major_locator(LogLocator(subs=(1, 3), numticks=12))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 3) if high < 600 * low else (1,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axis.set_minor_formatter(NullFormatter())
 
@@ -115,7 +113,7 @@ def save(figure: Figure, path: Path) -> str:
     """Write the figure as PNG, whole or not at all, and return it as SVG for the page; both repeat byte for byte."""
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", dpi=130, metadata={"Software": None})
-    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(svg, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:

@@ -38,6 +38,10 @@ class Scale:
     marks: Mapping[str, float | tuple[float, float]] = field(default_factory=dict)
     """Values to mark on the colour bar, or ranges, by their names."""
     bar_format: Callable[[float], str] = short
+    shade: Callable[[np.ndarray], np.ndarray] = field(default=lambda values: values)
+    """What the colour shows of a value; the cells print the value itself."""
+    unit: float = 1.0
+    """The printed numbers are in this unit."""
 
     def norm(self, values: np.ndarray) -> Normalize:
         from matplotlib.colors import LogNorm, Normalize
@@ -63,38 +67,31 @@ class Grid:
 
 
 @drawn
-def heat_map(
-    title: str,
-    grid: Grid,
-    scale: Scale,
-    text: Callable[[int, int], str] | None = None,
-    strip: Mapping[str, Any] | None = None,
-    edge: Any = None,
-) -> Figure:
-    """One map. `text(row, column)` is printed in the cell (by default the value); `strip` are control columns.
+def heat_map(title: str, grid: Grid, scale: Scale, strip: Mapping[str, Any] | None = None, edge: Any = None) -> Figure:
+    """One map with its controls.
 
-    A control is a number for all ratios or a mapping ratio -> number, drawn with the map's colours beside it. `edge` is
-    a knob value per ratio (number or mapping), drawn as a staircase between the cells.
+    `strip` holds control columns drawn beside the map in its colours, each a number for all ratios or a mapping
+    ratio -> number. `edge` is a sparsity setting per ratio (number or mapping): a staircase parts the cells beyond it.
     """
     rows, columns = grid.values.shape
-    strip = {name: column for name, values in (strip or {}).items() if not np.isnan(column := _column(values, grid)).all()}
-    left, bottom, top, bar_room = 0.95, 0.95, 0.42, 1.75
-    width, height = columns * CELL, max(rows * ROW, 1.0)
-    strip_width = len(strip) * CELL + (GAP if strip else 0)
+    controls = {name: _column(values, grid) for name, values in (strip or {}).items()}
+    controls = {name: column for name, column in controls.items() if np.isfinite(column).any()}
+    left, bottom, top, bar_room = 0.85, 0.9, 0.42, 1.95
+    width, height = columns * CELL, max(rows * ROW, 1.6)
+    strip_width = len(controls) * CELL + (GAP if controls else 0)
     figure = canvas(left + width + strip_width + GAP + bar_room, bottom + height + top)
-    norm = scale.norm(np.concatenate([grid.values.ravel(), *strip.values()]))
+    norm = scale.norm(scale.shade(np.concatenate([grid.values.ravel(), *controls.values()])))
     main = place(figure, left, bottom, width, height)
-    _cells(main, grid.values, scale, norm, text)
+    _cells(main, grid.values, scale, norm)
     _ticks(main, grid)
     main.set_title(title, pad=8)
     if edge is not None:
         _draw_edge(main, grid, edge)
-    if strip:
-        beside = place(figure, left + width + GAP, bottom, len(strip) * CELL, height)
-        values = np.stack(list(strip.values()), axis=1)
-        _cells(beside, values, scale, norm, None)
+    if controls:
+        beside = place(figure, left + width + GAP, bottom, len(controls) * CELL, height)
+        _cells(beside, np.stack(list(controls.values()), axis=1), scale, norm)
         beside.set_yticks([])
-        beside.set_xticks(range(len(strip)), list(strip), rotation=60, ha="right", rotation_mode="anchor")
+        beside.set_xticks(range(len(controls)), list(controls), rotation=60, ha="right", rotation_mode="anchor")
         beside.set_title("controls", pad=8, color=MUTED, fontweight="normal")
     _colour_bar(place(figure, left + width + strip_width + GAP, bottom, 0.16, height), scale, norm)
     return figure
@@ -105,17 +102,17 @@ def heat_maps(panels: Sequence[tuple[str, Grid, Scale]], across: int = 2) -> Fig
     """Several small maps in one figure, each with its own colours."""
     shapes = [panel[1].values.shape for panel in panels]
     cell = max(CELL, 2.2 / max(max(columns for _, columns in shapes), 1))
-    width, height = cell * max(columns for _, columns in shapes), max(ROW * max(rows for rows, _ in shapes), 1.0)
+    width, height = cell * max(columns for _, columns in shapes), max(ROW * max(rows for rows, _ in shapes), 1.6)
     across = 1 if width > 6 else min(across, len(panels))
     down = -(-len(panels) // across)
-    left, bottom, top, right = 0.85, 0.95, 0.4, 1.0
+    left, bottom, top, right = 0.75, 0.9, 0.42, 0.95
     figure = canvas(across * (left + width + right), down * (bottom + height + top))
     for index, (title, grid, scale) in enumerate(panels):
         x = (index % across) * (left + width + right) + left
         y = (down - 1 - index // across) * (bottom + height + top) + bottom
         main = place(figure, x, y, width, height)
         norm = scale.norm(grid.values)
-        _cells(main, grid.values, scale, norm, None)
+        _cells(main, grid.values, scale, norm)
         _ticks(main, grid)
         main.set_title(title, pad=8)
         _colour_bar(place(figure, x + width + GAP, y, 0.14, height), scale, norm)
@@ -147,15 +144,15 @@ def cell_text(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def _cells(axes: Axes, values: np.ndarray, scale: Scale, norm: Normalize, text: Any) -> None:
+def _cells(axes: Axes, values: np.ndarray, scale: Scale, norm: Normalize) -> None:
     from matplotlib import colormaps
 
     rows, columns = values.shape
     colours = colormaps[scale.colours]
-    shown = np.ma.masked_invalid(values)
+    shown = scale.shade(values)
     edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
     axes.set_facecolor(BLANK)
-    axes.pcolormesh(*edges, shown, cmap=colours, norm=norm, edgecolors=PAPER, linewidth=0.6)
+    axes.pcolormesh(*edges, np.ma.masked_invalid(shown), cmap=colours, norm=norm, edgecolors=PAPER, linewidth=0.6)
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(-0.5, rows - 0.5))
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -167,9 +164,9 @@ def _cells(axes: Axes, values: np.ndarray, scale: Scale, norm: Normalize, text: 
             value = values[row, column]
             if not math.isfinite(value):
                 continue
-            red, green, blue, _ = colours(norm(value))
+            red, green, blue, _ = colours(norm(shown[row, column]))
             bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
-            words = text(row, column) if text else cell_text(value)
+            words = cell_text(value / scale.unit)
             colour = "#101010" if bright else "#fefefe"
             axes.text(column, row, words, ha="center", va="center", fontsize=7.6, color=colour)
 
@@ -183,39 +180,28 @@ def _ticks(axes: Axes, grid: Grid) -> None:
     axes.set_ylabel(grid.ratio_label)
 
 
-def edge_positions(knobs: Sequence[float], ratios: Sequence[float], edge: Any) -> list[float]:
-    """Where the edge crosses each row, in columns (0 = centre of the first), interpolated in log knob; NaN where unknown.
-
-    Beyond the outer columns the line goes on with the slope of the nearest pair.
-    """
-    positive = [(index, math.log(value)) for index, value in enumerate(knobs) if value > 0]
-    positions = []
-    for ratio in ratios:
-        value = by_ratio(edge, ratio)
-        if len(positive) < 2 or not value > 0:
-            positions.append(math.nan)
-            continue
-        right = next((i for i, (_, x) in enumerate(positive) if x >= math.log(value)), len(positive) - 1)
-        (i0, x0), (i1, x1) = positive[max(right, 1) - 1], positive[max(right, 1)]
-        positions.append(i0 + (i1 - i0) * (math.log(value) - x0) / (x1 - x0))
-    return positions
+def edge_positions(knobs: Sequence[float], ratios: Sequence[float], edge: Any) -> list[int]:
+    """How many columns of each row lie at or below the edge; all of them where the edge is unknown."""
+    values = [by_ratio(edge, ratio) for ratio in ratios]
+    return [sum(not knob > value for knob in knobs) for value in values]
 
 
 def _draw_edge(axes: Axes, grid: Grid, edge: Any) -> None:
     from matplotlib.patheffects import Normal, Stroke
 
-    limit = len(grid.knobs) - 0.5
+    columns = len(grid.knobs)
     positions = edge_positions(grid.knobs, grid.ratios, edge)
-    x, y = [], []
-    for row, position in enumerate(positions):
-        x += [min(max(position, -0.5), limit)] * 2
-        y += [row - 0.5, row + 0.5]
-    inside = [row for row, position in enumerate(positions) if -0.5 < position < limit]
+    inside = [row for row, position in enumerate(positions) if 0 < position < columns]
     if not inside:
         return
-    first, last = max(2 * inside[0] - 1, 0), 2 * inside[-1] + 3
+    first, last = max(inside[0] - 1, 0), min(inside[-1] + 1, len(positions) - 1)
+    x, y = [], []
+    for row in range(first, last + 1):
+        x += [positions[row] - 0.5] * 2
+        y += [row - 0.5, row + 0.5]
+    start, end = 0 if first == inside[0] else 1, len(x) if last == inside[-1] else len(x) - 1  # not along the border
     effects = [Stroke(linewidth=4.2, foreground="#101010"), Normal()]
-    axes.plot(x[first:last], y[first:last], color="#fefefe", linewidth=2.0, path_effects=effects, clip_on=False)
+    axes.plot(x[start:end], y[start:end], color="#fefefe", linewidth=2.0, path_effects=effects, clip_on=False)
 
 
 def _colour_bar(axes: Axes, scale: Scale, norm: Normalize) -> None:
@@ -245,16 +231,17 @@ def _colour_bar(axes: Axes, scale: Scale, norm: Normalize) -> None:
 def _bar_ticks(low: float, high: float, log: bool) -> list[float]:
     from matplotlib.ticker import LogLocator, MaxNLocator
 
+    ticks: list[float] = []
+    slack = 1e-6 * (high - low)
     for locator in [LogLocator(), LogLocator(subs=(1, 3))] if log else [MaxNLocator(5)]:
-        ticks = [float(tick) for tick in locator.tick_values(low, high) if low * 0.999 <= tick <= high * 1.001 or
-                 (low < 0 and low <= tick <= high)]
+        ticks = [float(tick) for tick in locator.tick_values(low, high) if low - slack <= tick <= high + slack]
         if len(ticks) >= 3:
             break
     return ticks if len(ticks) >= 2 else [low, math.sqrt(low * high) if log else (low + high) / 2, high]
 
 
 def _marks(axes: Axes, scale: Scale, low: float, high: float) -> None:
-    """Brackets for ranges and triangles for single values, right of the numbers; names that would touch are moved up."""
+    """Brackets for ranges and ticks for single values, right of the numbers; names that would touch are moved up."""
 
     def fraction(value: float) -> float:
         value = min(max(value, low), high)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,9 +68,10 @@ def small_multiples(
     """A curve per panel on shared axes, with its own levels and edges."""
     across = min(across, len(panels))
     down = -(-len(panels) // across)
-    width, height, left, gap, bottom, top = 2.75, 1.55, 0.65, 0.42, 0.75, 0.55
+    width, height, left, gap, bottom, top = 2.75, 1.55, 0.65, 0.42, 0.52, 0.55
     figure = canvas(left + across * (width + gap), bottom + down * (height + gap) + top - gap)
     colour = sequence(3)[1]
+    xs = [x for panel in panels for curve in panel.curves for x in curve.x]
     for index, panel in enumerate(panels):
         row, column = divmod(index, across)
         axes = place(figure, left + column * (width + gap), bottom + (down - 1 - row) * (height + gap), width, height)
@@ -79,6 +81,7 @@ def small_multiples(
             axes.plot(curve.x, curve.y, color=colour, marker="o", markersize=3)
         _guides(axes, panel)
         axes.set_xscale("log")
+        axes.set_xlim(min(xs) / 1.4, max(xs) * 1.4)
         number_axis(axes.xaxis)
         axes.set_title(panel.title)
         axes.grid(axis="y")
@@ -126,10 +129,9 @@ def frontier(panels: Sequence[Panel], x_label: str, legend_title: str) -> Figure
     for index, panel in enumerate(panels):
         axes = place(figure, left + index * (width + gap), bottom, width, height)
         axes.set_xscale("log")
-        number_axis(axes.xaxis)
         axes.grid(True)
         labels: list[tuple[float, float, str, Any]] = []
-        for curve, colour, marker in zip(panel.curves, sequence(len(panel.curves)), _markers(), strict=False):
+        for curve, colour, marker in zip(panel.curves, sequence(len(panel.curves)), cycle(MARKERS), strict=False):
             (line,) = axes.plot(curve.x, curve.y, color=colour, marker=marker, markersize=4.5, markeredgecolor=PAPER,
                                 markeredgewidth=0.5)  # fmt: skip
             names.setdefault(curve.name, line)
@@ -143,6 +145,7 @@ def frontier(panels: Sequence[Panel], x_label: str, legend_title: str) -> Figure
                       high if panel.y_high is None else min(high, panel.y_high))  # fmt: skip
         x_low, x_high = axes.get_xlim()
         axes.set_xlim(x_low, x_high * (x_high / x_low) ** 0.04)
+        number_axis(axes.xaxis)
         _write_labels(axes, labels)
     if names:
         figure.legend(names.values(), names.keys(), title=legend_title, loc="upper right", borderaxespad=0.6,
@@ -150,18 +153,13 @@ def frontier(panels: Sequence[Panel], x_label: str, legend_title: str) -> Figure
     return figure
 
 
-def _markers() -> Any:
-    import itertools
-
-    return itertools.cycle(MARKERS)
-
-
 def _write_labels(axes: Axes, labels: Sequence[tuple[float, float, str, Any]], size: float = 7.2) -> None:
-    """Write each label beside its point, where it covers no point and no other label; leave it out where nothing is free."""
+    """Write each label beside its point, where nothing is covered; leave it out where there is no room."""
     spots = [tuple(axes.transData.transform((x, y))) for x, y, _, _ in labels]
     scale = axes.figure.dpi / 72
     box = axes.get_window_extent()
     taken = [(x - 3 * scale, y - 3 * scale, x + 3 * scale, y + 3 * scale) for x, y in spots]
+    taken += [(x - scale, y - scale, x + scale, y + scale) for line in axes.lines for x, y in _along(line, 4 * scale)]
     for (x, y), (_, _, words, _colour) in zip(spots, labels, strict=True):
         width, height = len(words) * size * 0.64 * scale, size * 1.15 * scale
         for right, up in ((1, 0.6), (1, -0.6), (-1, 0.6), (-1, -0.6), (0, 1.3), (0, -1.3)):
@@ -177,6 +175,16 @@ def _write_labels(axes: Axes, labels: Sequence[tuple[float, float, str, Any]], s
             break
 
 
+def _along(line: Any, step: float) -> list[tuple[float, float]]:
+    """Pixels along a drawn line, `step` apart."""
+    points = line.axes.transData.transform(line.get_xydata())
+    found = []
+    for (x0, y0), (x1, y1) in pairwise(points):
+        count = max(int(math.hypot(x1 - x0, y1 - y0) / step), 1)
+        found += [(x0 + (x1 - x0) * i / count, y0 + (y1 - y0) * i / count) for i in range(count)]
+    return found
+
+
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
@@ -188,7 +196,7 @@ def histograms(
     """Small multiples of histograms of cosines in 40 bins, each `(title, values, vertical lines by name)`."""
     across = min(across, len(panels))
     down = -(-len(panels) // across)
-    width, height, left, gap, bottom, top = 2.75, 1.35, 0.65, 0.42, 0.7, 0.55
+    width, height, left, gap, bottom, top = 2.75, 1.35, 0.65, 0.42, 0.52, 0.55
     figure = canvas(left + across * (width + gap), bottom + down * (height + gap) + top - gap)
     low = min([0.0, *(math.floor(min(values) * 10) / 10 for _, values, _ in panels if len(values))])
     edges = np.linspace(low, 1.0, 41)
@@ -203,7 +211,6 @@ def histograms(
                 axes.axvline(value, color=colour, linestyle=dashes, linewidth=1.3)
         axes.set(xlim=(low, 1.0), ylim=(0, highest * 1.06), title=title)
         axes.grid(axis="y")
-        axes.set_axisbelow(True)
         if column == 0:
             axes.set_ylabel(y_label)
         else:

@@ -1,7 +1,6 @@
 """Exact draws: seeds for every position, probabilities with a given sum, and sparse Bernoulli cells.
 
-All draws are made on the CPU, whatever device the activations go to: the same seed is then the same world everywhere,
-and only the active entries travel.
+All draws are made on the CPU, whatever device the activations go to: the same seed is then the same world everywhere.
 """
 
 from __future__ import annotations

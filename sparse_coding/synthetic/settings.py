@@ -64,8 +64,8 @@ class WorldSettings:
     """uniform: U(0,1). double_uniform: the product of two, as in the runs published in 2023 (by mistake); the codes a
     world returns hold that product, so codes @ directions is x, whereas the code of 2023 returned the first factor."""
     filler: bool = True
-    """Give a sample with no active feature one feature, chosen uniformly, with coefficient 1 (with double_uniform it too
-    takes the second factor, and is U(0,1))."""
+    """Give a sample with no active feature one feature, chosen uniformly, with coefficient 1 (under double_uniform
+    it takes the second factor like the others, and is U(0,1))."""
     noise: float = 0.0
     """Standard deviation of the normal noise added to every activation."""
     seed: int = 0

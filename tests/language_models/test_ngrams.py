@@ -64,9 +64,9 @@ def test_random_text_agrees_with_plain_loops_and_the_weight_is_the_best_of_a_fin
     train = np.abs(generator.integers(0, 6, 300).cumsum()) % 7  # neighbours depend on one another
     held_out = np.abs(generator.integers(0, 6, 80).cumsum()) % 8  # 7 occurs here only
     found = baselines(train, held_out, vocab_size=9)
-    grid = np.linspace(0, 0.999, 334)
+    grid = np.linspace(0, 0.99, 100)
     best = grid[np.argmax([leave_one_out(train, 9, weight) for weight in grid])]
-    assert abs(found.bigram_weight - best) < 0.004
+    assert abs(found.bigram_weight - best) < 0.01
     assert 0.05 < found.bigram_weight < 0.999
     assert (found.unigram, found.bigram) == pytest.approx(by_loops(train, held_out, 9, found.bigram_weight), abs=1e-12)
 
@@ -116,4 +116,6 @@ def test_pairs_counted_in_chunks_are_the_pairs_counted_at_once():
     counted = {(a, b): 0 for a in range(12) for b in range(12)}
     for pair in itertools.pairwise(tokens.tolist()):
         counted[pair] += 1
-    assert dict(zip(pairs.tolist(), times.tolist(), strict=True)) == {a * 12 + b: n for (a, b), n in counted.items() if n}
+    assert dict(zip(pairs.tolist(), times.tolist(), strict=True)) == {
+        a * 12 + b: n for (a, b), n in counted.items() if n
+    }

@@ -1,0 +1,155 @@
+"""The 2023 toy grid on this machine: our sweep against a sequential loop that does, per step, what the original did.
+
+    python benchmarks/toy_grid.py                about 4 minutes on 2 CPU cores; writes benchmarks/results/toy_grid.*
+
+Both sides are timed in slices (a few steps of every size, interleaved, medians) and multiplied up to the whole grid:
+17 L1 values x 9 sizes x 20,000 steps of 256 samples. The sequential side is written from the description of the frozen
+2023 script, not from its code: fp32, one dictionary at a time, torch.nn layers under autograd, decoder columns
+normalised in every forward pass, torch.optim.Adam at its defaults, and data generated densely for every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from sparse_coding.progress import duration
+from sparse_coding.provenance import provenance
+from sparse_coding.synthetic import World, WorldStream, preset
+from sparse_coding.synthetic.world import covariance_matrix
+from sparse_coding.training.optimizer import OptimizerSettings
+from sparse_coding.training.precision import products_dtype
+from sparse_coding.training.stack import Stack
+from sparse_coding.training.sweep import grid, split_into_stacks
+
+L1 = [10 ** (e / 4) for e in range(-8, 9)]
+RATIOS = [2.0**e for e in range(-3, 6)]
+STEPS, BATCH, D_IN, FEATURES = 20_000, 256, 256, 512
+RESULTS = Path(__file__).parent / "results"
+
+
+class Sequential2023(nn.Module):
+    """One dictionary as the frozen script trained it."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(D_IN, n), nn.ReLU())
+        self.decoder = nn.Linear(n, D_IN, bias=False)
+        nn.init.orthogonal_(self.decoder.weight)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=1e-3)
+
+    def step(self, x: Tensor, alpha: float) -> None:
+        with torch.no_grad():
+            self.decoder.weight.data = nn.functional.normalize(self.decoder.weight.data, dim=0)
+        self.optimizer.zero_grad()
+        codes = self.encoder(x)
+        loss = nn.functional.mse_loss(self.decoder(codes), x) + alpha * codes.norm(1, dim=1).mean() / codes.shape[1]
+        loss.backward()
+        self.optimizer.step()
+
+
+class DenseGenerator:
+    """The recipe of 2023 with a dense draw: one normal vector per batch, a Bernoulli and a uniform for every cell."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        settings = preset("hoagy-2023-07")
+        self.directions = nn.functional.normalize(torch.randn(FEATURES, D_IN, generator=generator), dim=1)
+        covariance = covariance_matrix(settings).float()
+        self.normal = torch.distributions.MultivariateNormal(torch.zeros(FEATURES), covariance_matrix=covariance)
+        self.decay = 0.99 ** torch.arange(FEATURES)
+
+    def batch(self) -> Tensor:
+        u = torch.distributions.Normal(0.0, 1.0).cdf(self.normal.sample())
+        p = u * self.decay
+        p = p * (5 / FEATURES / p.mean())
+        active = torch.bernoulli(p.expand(BATCH, -1))
+        codes = torch.where(active == 1, torch.rand(BATCH, FEATURES), 0.0)
+        empty = codes.sum(1) == 0
+        codes[empty, torch.randint(FEATURES, (int(empty.sum()),))] = 1.0
+        return codes @ self.directions
+
+
+def seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def slices(rounds: int) -> list[dict[str, float]]:
+    """Seconds per step and size, both sides in turn: one dictionary of theirs, all 17 of ours."""
+    theirs_data, ours_data = DenseGenerator(), WorldStream(World(preset("hoagy-2023-07")), BATCH)
+    rows = []
+    for ratio in RATIOS:
+        n = round(FEATURES * ratio)
+        theirs = Sequential2023(n)
+        sweep = grid(
+            "relu", {"synthetic": D_IN}, [n / D_IN], varied={"l1_coefficient": L1}, l1_scaling="toy-2023",
+            init="toy-2023", decoder_bias=False, remove_parallel_gradient=False,
+        )  # fmt: skip
+        group = split_into_stacks(sweep, BATCH)
+        dtype = products_dtype("auto", "cpu")
+        # one stack stands for its likes: the other stacks of the size have the same shape
+        stack = Stack([sweep[index] for index in group[0]], OptimizerSettings(), "cpu", dtype)
+        ours_x, theirs_x = ours_data.batch(0)["synthetic"], theirs_data.batch()
+        per_round = []
+        for round_number in range(rounds + 1):
+            per_round.append(
+                {
+                    "their_data": seconds(theirs_data.batch),
+                    "their_step": seconds(lambda theirs=theirs, x=theirs_x: theirs.step(x, 0.1)),
+                    "our_data": seconds(lambda step=round_number: ours_data.batch(step)),
+                    "our_stack": seconds(lambda stack=stack, x=ours_x: stack.step(x, 1.0)),
+                }
+            )
+        found = {key: median(one[key] for one in per_round[1:]) for key in per_round[0]}
+        found["our_steps"] = found["our_stack"] * len(sweep) / len(group[0])
+        rows.append({"n": n, **found})
+        print(f"n = {n:>6}: one step of 17 dictionaries {17e3 * found['their_step']:8.1f} ms against "
+              f"{1e3 * found['our_steps']:7.1f} ms", flush=True)  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    flags = parser.parse_args()
+    rows = slices(flags.rounds)
+    theirs = STEPS * sum(len(L1) * (row["their_step"] + row["their_data"]) for row in rows)
+    ours = STEPS * (sum(row["our_steps"] for row in rows) + median(row["our_data"] for row in rows))
+    facts = provenance()
+    lines = [
+        "The 2023 toy grid (17 L1 values x 9 sizes x 20,000 steps of 256), extrapolated from steps of every size.",
+        "",
+        f"`python benchmarks/toy_grid.py`, {facts['date'][:10]}, torch {facts['versions']['torch']}, "
+        f"{facts['threads']} CPU threads, medians of {flags.rounds} interleaved rounds.",
+        "",
+        "| latents | sequential, 17 steps (ms) | ours, 17 members (ms) | ratio |",
+        "|---|---|---|---|",
+        *(
+            f"| {row['n']} | {17e3 * row['their_step']:.1f} | {1e3 * row['our_steps']:.1f} | "
+            f"{17 * row['their_step'] / row['our_steps']:.1f} |"
+            for row in rows
+        ),
+        "",
+        f"Data: {1e3 * median(r['their_data'] for r in rows):.2f} ms a batch densely, once for every dictionary; "
+        f"{1e3 * median(r['our_data'] for r in rows):.2f} ms sparsely, once for all of them.",
+        "",
+        f"**Whole grid: {duration(theirs)} sequentially, {duration(ours)} ours: {theirs / ours:.1f} times less.**",
+    ]
+    print("\n".join(lines))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "toy_grid.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    record = {"provenance": facts, "rows": rows, "their_seconds": theirs, "our_seconds": ours}
+    (RESULTS / "toy_grid.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

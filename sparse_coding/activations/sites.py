@@ -1,0 +1,317 @@
+"""Sites: the places in a model that activations are taken from, by name.
+
+Two kinds of names work. Names of transformer-lens 4 (`blocks.2.mlp.hook_post`) mean what they mean in its
+`TransformerBridge` without compatibility mode; one table per family of models says where each one lies. Names of the
+model's own modules (`transformer.h.2.mlp.act`) mean the module's output, or its input with `:in` at the end.
+
+What the Bridge means where models differ:
+- gated MLPs (Llama): `mlp.hook_pre` is the gate before its activation function, `mlp.hook_pre_linear` the other factor,
+  `mlp.hook_post` the product that goes into the down projection.
+- attention beside the MLP (Pythia): there is no `hook_resid_mid`.
+- LayerNorm behind each half (BERT): `hook_embed` is all embeddings after their LayerNorm, `hook_attn_out` the residual
+  stream after the attention's LayerNorm, `hook_resid_mid` the sum before the block's last LayerNorm, `hook_resid_post`
+  the output of that LayerNorm.
+- `attn.hook_z` (and `hook_q|k|v` where a module gives them) has the heads side by side: width n_heads * d_head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from sparse_coding.activations.models import LanguageModel
+from sparse_coding.errors import UserError, near
+
+Side = Literal["in", "out"]
+Place = tuple[str, Side]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where activations come from: the first tensor that goes into or comes out of a module."""
+
+    name: str  # as it was asked for
+    module: str  # its name in the Hugging Face model
+    side: Side
+    carrier: str | None = None
+    """The module whose output also carries these activations on, past `module`: a replacement must be added there."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models whose blocks have the same modules. `""` is the block itself; a site with no module is left out."""
+
+    name: str
+    blocks: str  # the list of blocks, below the model's base
+    needs: tuple[str, ...]  # modules by which the family is known
+    base_sites: Mapping[str, Place]
+    block_sites: Mapping[str, Place]
+    lacks: tuple[str, ...] = ()  # modules with which these names would mean something else
+    bypassed: frozenset[str] = field(default_factory=lambda: frozenset({"hook_resid_mid"}))
+    """Inputs of a norm that also go on beside it, in the residual stream."""
+
+
+FAMILIES = (
+    Family(
+        "GPT-2",
+        "h",
+        needs=("ln_1", "ln_2", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        lacks=("crossattention",),
+        base_sites={"hook_embed": ("wte", "out"), "ln_final.hook_out": ("ln_f", "out")},
+        block_sites={
+            "hook_resid_pre": ("", "in"),
+            "ln1.hook_out": ("ln_1", "out"),
+            "attn.hook_z": ("attn.c_proj", "in"),
+            "hook_attn_out": ("attn.c_proj", "out"),
+            "hook_resid_mid": ("ln_2", "in"),
+            "ln2.hook_out": ("ln_2", "out"),
+            "mlp.hook_pre": ("mlp.c_fc", "out"),
+            "mlp.hook_post": ("mlp.c_proj", "in"),
+            "hook_mlp_out": ("mlp.c_proj", "out"),
+            "hook_resid_post": ("", "out"),
+        },
+    ),
+    Family(
+        "GPT-Neo",
+        "h",
+        needs=("ln_1", "ln_2", "attn.attention.out_proj", "mlp.c_fc", "mlp.c_proj"),
+        base_sites={"hook_embed": ("wte", "out"), "ln_final.hook_out": ("ln_f", "out")},
+        block_sites={
+            "hook_resid_pre": ("", "in"),
+            "ln1.hook_out": ("ln_1", "out"),
+            "attn.hook_q": ("attn.attention.q_proj", "out"),
+            "attn.hook_k": ("attn.attention.k_proj", "out"),
+            "attn.hook_v": ("attn.attention.v_proj", "out"),
+            "attn.hook_z": ("attn.attention.out_proj", "in"),
+            "hook_attn_out": ("attn.attention.out_proj", "out"),
+            "hook_resid_mid": ("ln_2", "in"),
+            "ln2.hook_out": ("ln_2", "out"),
+            "mlp.hook_pre": ("mlp.c_fc", "out"),
+            "mlp.hook_post": ("mlp.c_proj", "in"),
+            "hook_mlp_out": ("mlp.c_proj", "out"),
+            "hook_resid_post": ("", "out"),
+        },
+    ),
+    Family(
+        "GPT-NeoX",
+        "layers",
+        needs=("input_layernorm", "post_attention_layernorm", "attention.dense", "mlp.dense_4h_to_h"),
+        base_sites={"hook_embed": ("embed_in", "out"), "ln_final.hook_out": ("final_layer_norm", "out")},
+        block_sites={
+            "hook_resid_pre": ("", "in"),
+            "ln1.hook_out": ("input_layernorm", "out"),
+            "attn.hook_z": ("attention.dense", "in"),
+            "hook_attn_out": ("attention.dense", "out"),
+            "hook_resid_mid": ("post_attention_layernorm", "in"),
+            "ln2.hook_out": ("post_attention_layernorm", "out"),
+            "mlp.hook_pre": ("mlp.dense_h_to_4h", "out"),
+            "mlp.hook_post": ("mlp.dense_4h_to_h", "in"),
+            "hook_mlp_out": ("mlp.dense_4h_to_h", "out"),
+            "hook_resid_post": ("", "out"),
+        },
+    ),
+    Family(
+        "Llama",
+        "layers",
+        needs=("input_layernorm", "post_attention_layernorm", "self_attn.o_proj", "mlp.down_proj"),
+        # Gemma 2 and 3, OLMo 2 and GLM 4 have norms behind the halves: there these modules lie elsewhere.
+        lacks=(
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+            "post_self_attn_layernorm",
+            "post_mlp_layernorm",
+        ),
+        base_sites={"hook_embed": ("embed_tokens", "out"), "ln_final.hook_out": ("norm", "out")},
+        block_sites={
+            "hook_resid_pre": ("", "in"),
+            "ln1.hook_out": ("input_layernorm", "out"),
+            "attn.hook_q": ("self_attn.q_proj", "out"),
+            "attn.hook_k": ("self_attn.k_proj", "out"),
+            "attn.hook_v": ("self_attn.v_proj", "out"),
+            "attn.hook_z": ("self_attn.o_proj", "in"),
+            "hook_attn_out": ("self_attn.o_proj", "out"),
+            "hook_resid_mid": ("post_attention_layernorm", "in"),
+            "ln2.hook_out": ("post_attention_layernorm", "out"),
+            "mlp.hook_pre": ("mlp.gate_proj", "out"),
+            "mlp.hook_pre_linear": ("mlp.up_proj", "out"),
+            "mlp.hook_post": ("mlp.down_proj", "in"),
+            "hook_mlp_out": ("mlp.down_proj", "out"),
+            "hook_resid_post": ("", "out"),
+        },
+    ),
+    Family(
+        "BERT",
+        "encoder.layer",
+        needs=("attention.output.LayerNorm", "attention.output.dense", "intermediate.dense", "output.LayerNorm"),
+        base_sites={"hook_embed": ("embeddings.LayerNorm", "out")},
+        block_sites={
+            "hook_resid_pre": ("", "in"),
+            "attn.hook_q": ("attention.self.query", "out"),
+            "attn.hook_k": ("attention.self.key", "out"),
+            "attn.hook_v": ("attention.self.value", "out"),
+            "attn.hook_z": ("attention.output.dense", "in"),
+            "hook_attn_out": ("attention.output.LayerNorm", "out"),
+            "mlp.hook_pre": ("intermediate.dense", "out"),
+            "mlp.hook_post": ("output.dense", "in"),
+            "hook_mlp_out": ("output.dense", "out"),
+            "hook_resid_mid": ("output.LayerNorm", "in"),
+            "hook_resid_post": ("output.LayerNorm", "out"),
+        },
+        bypassed=frozenset(),
+    ),
+)  # fmt: skip
+
+ALIASES = {
+    "hook_in": "hook_resid_pre",
+    "hook_out": "hook_resid_post",
+    "attn.hook_out": "hook_attn_out",
+    "mlp.hook_out": "hook_mlp_out",
+}
+"""Names the Bridge also has; they resolve but are not listed."""
+
+LOCATIONS = {
+    "mlp": "mlp.hook_post",
+    "mlp_out": "hook_mlp_out",
+    "attn": "attn.hook_z",
+    "attn_out": "hook_attn_out",
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+}
+"""Short words for the usual sites of a block."""
+
+
+def resolve(model: LanguageModel, name: str) -> Site:
+    """The site of that name. Raises UserError that names the near ones when there is none."""
+    known = _lens_sites(model)
+    block, _, rest = name.rpartition("blocks.")[2].partition(".")
+    canonical = f"blocks.{block}.{ALIASES[rest]}" if name.startswith("blocks.") and rest in ALIASES else name
+    if canonical in known:
+        found = known[canonical]
+        return Site(name, found.module, found.side, found.carrier)
+    module, colon, side = name.rpartition(":")
+    if not colon:
+        module, side = name, "out"
+    if side not in ("in", "out"):
+        raise UserError(f"site {name!r}: after the colon stands 'in' or 'out', for a module's input or output")
+    modules = _modules(model)
+    if module in modules:
+        return Site(name, module, side)  # type: ignore[arg-type]
+    raise UserError(_unknown(model, name, [*known, *modules]))
+
+
+def resolve_all(model: LanguageModel, sites: Sequence[str | Site]) -> dict[str, Site]:
+    """Sites by name, from names and sites, in the order given. Raises UserError for none and for one given twice."""
+    if not sites:
+        raise UserError(f"no site is given: list those of the model with {_listing(model)}")
+    found = [site if isinstance(site, Site) else resolve(model, site) for site in sites]
+    by_name = {site.name: site for site in found}
+    if len(by_name) < len(found):
+        twice = next(site.name for index, site in enumerate(found) if site in found[:index])
+        raise UserError(f"site {twice!r} is given twice: give each site once")
+    return by_name
+
+
+def list_sites(model: LanguageModel) -> list[str]:
+    """Every name that resolves: those of transformer-lens in the order of the forward pass, then the modules."""
+    return [*_lens_sites(model), *_modules(model)]
+
+
+def site_name(model: LanguageModel, layer: int, location: str = "mlp") -> str:
+    """The name of a usual site of a layer: location is one of `LOCATIONS`."""
+    if location not in LOCATIONS:
+        raise UserError(f"location {location!r}: allowed are {', '.join(LOCATIONS)}{near(location, LOCATIONS)}")
+    family = family_of(model)
+    if family is None:
+        raise UserError(
+            f"model {model.name!r} has the blocks of none of {', '.join(one.name for one in FAMILIES)}, so "
+            f"{location!r} is not known in it: give a site as a module name; list them with {_listing(model)}"
+        )
+    layers = n_layers(model)
+    if not 0 <= layer < layers:
+        raise UserError(_no_layer(layer, layers))
+    name = f"blocks.{layer}.{LOCATIONS[location]}"
+    if name not in _lens_sites(model):
+        why = (
+            "attention and MLP read the same residual stream" if location == "resid_mid" else "its blocks differ there"
+        )
+        raise UserError(
+            f"location {location!r}: this model has none in layer {layer}, because {why}; choose another one"
+        )
+    return name
+
+
+def n_layers(model: LanguageModel) -> int:
+    """Number of blocks; 0 where the model is of no known family."""
+    found = _find(model)
+    return 0 if found is None else len(found[2])
+
+
+def family_of(model: LanguageModel) -> Family | None:
+    """The family whose modules the model has, None if there is none."""
+    found = _find(model)
+    return None if found is None else found[0]
+
+
+def _find(model: LanguageModel) -> tuple[Family, str, nn.ModuleList] | None:
+    """The family, the name of its base with a dot behind (or nothing), and the blocks."""
+    for name, blocks in model.hf.named_modules():
+        if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+            continue
+        modules = {inner for inner, _ in blocks[0].named_modules()}
+        for family in FAMILIES:
+            base, match = name.removesuffix(family.blocks), name == family.blocks or name.endswith("." + family.blocks)
+            if match and modules.issuperset(family.needs) and modules.isdisjoint(family.lacks):
+                return family, base, blocks
+    return None
+
+
+def _lens_sites(model: LanguageModel) -> dict[str, Site]:
+    """The sites with names of transformer-lens, in the order of the forward pass."""
+    found = _find(model)
+    if found is None:
+        return {}
+    family, base, blocks = found
+    modules = {name for name, _ in model.hf.named_modules()}
+    sites: list[Site] = []
+    for layer, block in enumerate(blocks):
+        top = f"{base}{family.blocks}.{layer}"
+        parallel = getattr(block, "use_parallel_residual", False)
+        for word, (module, side) in family.block_sites.items():
+            if parallel and word == "hook_resid_mid":
+                continue
+            carrier = top if word in family.bypassed else None
+            sites.append(Site(f"blocks.{layer}.{word}", f"{top}.{module}" if module else top, side, carrier))
+    (embed, place), *last = family.base_sites.items()
+    sites.insert(0, Site(embed, base + place[0], place[1]))
+    sites += [Site(word, base + module, side) for word, (module, side) in last]
+    return {site.name: site for site in sites if site.module in modules}
+
+
+def _modules(model: LanguageModel) -> list[str]:
+    """Modules that run: all but the model itself and mere lists of others."""
+    return [
+        name
+        for name, module in model.hf.named_modules()
+        if name and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+    ]
+
+
+def _unknown(model: LanguageModel, name: str, known: list[str]) -> str:
+    layer = re.match(r"blocks\.(\d+)\.", name)
+    layers = n_layers(model)
+    if layer and layers and int(layer[1]) >= layers:
+        return f"site {name!r}: {_no_layer(int(layer[1]), layers)}"
+    return f"site {name!r} is not in model {model.name!r}; list all with {_listing(model)}{near(name, known)}"
+
+
+def _no_layer(layer: int, layers: int) -> str:
+    return f"layer {layer}: this model has layers 0 to {layers - 1}"
+
+
+def _listing(model: LanguageModel) -> str:
+    return f"`python -m sparse_coding sites --model {model.name}`"

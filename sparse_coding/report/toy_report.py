@@ -1,0 +1,153 @@
+"""The report of the toy study: how well the true features were found, over sparsity and dictionary size."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_coding.report.page import Page, Picture, Section, Table, pretty, write_page
+from sparse_coding.report.records import (
+    Record,
+    axes,
+    by_ratio,
+    grid_matrix,
+    groups,
+    has,
+    knob,
+    metric,
+    number,
+    ratio,
+    read_run,
+    short,
+)
+from sparse_coding.report.tables import cell_table, facts, health_warnings, knob_label, look_up, member_table
+from sparse_coding.report.toy_pictures import Study, curves, maps, match_histograms
+
+
+def write_toy_report(folder: Path) -> Path:
+    """Draw `report.html` and `pictures/*.png` from the data files of a finished toy run; returns the page's path.
+
+    Nothing is measured here, so a report can be redrawn at any time and comes out the same. Raises UserError where a
+    data file is missing, empty or damaged.
+    """
+    run = read_run(folder)
+    controls = run.settings.get("controls")
+    controls = controls if isinstance(controls, Mapping) else {}
+    clip = number(look_up(run.settings, "clip_dead"))
+    sections = []
+    parts = groups(run.records, "architecture", "lr")
+    for (architecture, lr), records in parts.items():
+        name = "" if len(parts) == 1 else f"{architecture}, learning rate {short(number(lr))}"
+        prefix = "" if len(parts) == 1 else re.sub(r"[^A-Za-z0-9.]+", "_", f"{architecture}-lr_{lr}-")
+        study = Study(records, controls, folder / "pictures", prefix, None if math.isnan(clip) else clip)
+        sections += _sections(study, name)
+    best = _best(run.records)
+    caption = "One row per member, unrounded values on hover; click a header to sort."
+    table = member_table(run.records, {best["name"]} if best else set(), "All members", caption, folded=True)
+    sections.append(Section("Every member", tables=[table]))
+    sections.append(Section("Settings", raw=pretty(run.settings)))
+    page = Page(
+        title="Do sparse dictionaries find the true features?",
+        subtitle="Toy study",
+        facts=facts(run.settings, _shape(run.records, run.settings, controls)),
+        summary=_summary(run.records, controls),
+        warnings=health_warnings(run.records),
+        sections=sections,
+    )
+    return write_page(page, folder / "report.html")
+
+
+def _sections(study: Study, name: str) -> list[Section]:
+    suffix = f" ({name})" if name else ""
+    pictures: list[Picture] = maps(study)
+    intro = "Each cell is one sparsity setting (across) and one dictionary ratio, latents per true feature (up)."
+    if study.seeds > 1:
+        intro += f" Cells show the mean over {study.seeds} seeds; their spread is in the table."
+    sections = [Section(f"Maps{suffix}", intro, pictures)]
+    details = [picture for picture in (curves(study), match_histograms(study)) if picture]
+    if details:
+        sections.append(Section(f"Curves and histograms{suffix}", pictures=details))
+    caption = "One row per cell" + (", mean ± sample standard deviation over seeds" if study.seeds > 1 else "")
+    table: Table = cell_table(study.records, "", f"{caption}; the best MMCS is highlighted, a click on a header sorts.")
+    sections.append(Section(f"Table{suffix}", tables=[table]))
+    return sections
+
+
+def _best(records: list[Record]) -> Record | None:
+    usable = [record for record in records if not math.isnan(metric(record, "mmcs"))]
+    return max(usable, key=lambda record: metric(record, "mmcs"), default=None)
+
+
+def _shape(records: list[Record], settings: Mapping[str, Any], controls: Mapping[str, Any]) -> list[tuple[str, str]]:
+    features = {len(r["metrics"]["max_cosines"]) for r in records if isinstance(r["metrics"].get("max_cosines"), list)}
+    widths = sorted({int(number(record.get("d_in"))) for record in records if number(record.get("d_in")) > 0})
+    shape = [
+        ("true features", ", ".join(map(str, sorted(features)))),
+        ("width", ", ".join(map(str, widths))),
+        ("active per sample", short(number(controls.get("l0_true"))) if "l0_true" in controls else ""),
+        ("members", str(len(records))),
+        ("seeds", str(len({record.get("seed") for record in records}))),
+    ]
+    for label, names in (("world", ("preset", "world")), ("steps", ("steps", "n_steps")), ("batch", ("batch_size",))):
+        value = look_up(settings, *names)
+        if isinstance(value, (str, int, float)):
+            shape.append((label, str(value)))
+    return shape
+
+
+def _summary(records: list[Record], controls: Mapping[str, Any]) -> list[str]:
+    """A few sentences on what the study found, computed from the records."""
+    knobs, ratios = axes(records)
+    seeds = len({record.get("seed") for record in records})
+    said = [
+        f"{_count(len(records), 'dictionary', 'dictionaries')}: {_count(len(knobs), 'sparsity setting')}, "
+        f"{_count(len(ratios), 'size')}, {_count(seeds, 'seed')}."
+    ]
+    best = _best(records)
+    if best is None:
+        return [*said, "No member has a finite MMCS, so nothing can be said about the true features."]
+    at = ratio(best)
+    sentence = f"The best match with the truth is MMCS {metric(best, 'mmcs'):.3f}, at ratio {short(at)}"
+    sentence += f" and {knob_label([best])} {short(knob(best))}"
+    levels = {"chance": by_ratio(controls.get("chance_mmcs"), at), "the ceiling": by_ratio(controls.get("ceiling"), at)}
+    known = [f"{word} is {value:.3f}" for word, value in levels.items() if math.isfinite(value)]
+    said.append(sentence + (f" ({' and '.join(known)} there)." if known else "."))
+    if has([best], "fraction_above_0.9"):
+        share = f"{metric(best, 'fraction_above_0.9'):.0%} of the true features with a cosine above 0.9"
+        said.append(f"That dictionary finds {share}{_l0_clause(best, controls)}.")
+    cells = [grid_matrix(part, "mmcs")[2] for part in groups(records, "architecture", "lr").values()]
+    good, measured = (int(sum(count.sum() for count in found)) for found in (
+        [matrix > 0.9 for matrix in cells], [np.isfinite(matrix) for matrix in cells]))  # fmt: skip
+    said.append(f"The mean MMCS is above 0.9 in {good} of {_count(measured, 'cell')}.")
+    rivals = {name: by_ratio(values.get("mmcs"), at) for name, values in _baselines(controls).items()}
+    rivals = {name: value for name, value in rivals.items() if math.isfinite(value) and name != "oracle"}
+    if rivals:
+        name = max(rivals, key=lambda key: rivals[key])
+        said.append(f"The strongest baseline at that ratio, {name}, reaches {rivals[name]:.3f}.")
+    return said
+
+
+def _count(number: int, word: str, plural: str = "") -> str:
+    return f"{number} {word if number == 1 else plural or word + 's'}"
+
+
+def _l0_clause(best: Record, controls: Mapping[str, Any]) -> str:
+    true, found = number(controls.get("l0_true")), metric(best, "l0")
+    true = metric(best, "l0_true") if math.isnan(true) else true
+    if math.isnan(true) or math.isnan(found):
+        return ""
+    return f" and has {short(found)} latents active per sample where {short(true)} features are"
+
+
+def _baselines(controls: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    found = controls.get("baselines")
+    return (
+        {str(key): value for key, value in found.items() if isinstance(value, Mapping)}
+        if isinstance(found, Mapping)
+        else {}
+    )

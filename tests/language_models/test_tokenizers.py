@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from transformers import AutoTokenizer
+
+from sparse_coding.errors import UserError
+from sparse_coding.language_models.tokenizers import (
+    END_OF_TEXT,
+    UNKNOWN,
+    character_tokenizer,
+    load_tokenizer,
+    train_byte_bpe,
+)
+
+TEXTS = ["the cat sat on the mat\n", "the dog sat on the log\n", "a cat, a dog; a mat and a log!\n"] * 5
+HOSTILE = "  two  spaces\t\r\n\x00\x7f é 漢字 😀\u200d\u2028 <|endoftext|> don't  \n\n"
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text)["input_ids"]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---- byte-level BPE
+
+
+def test_byte_bpe_round_trips_any_text_even_bytes_it_never_saw(tmp_path: Path) -> None:
+    tokenizer = train_byte_bpe(TEXTS, 300, tmp_path)
+    for text in [*TEXTS, HOSTILE, "", *(chr(code) for code in range(1, 0x250))]:
+        assert tokenizer.decode(ids_of(tokenizer, text)) == text
+
+
+def test_byte_bpe_has_the_size_asked_for_and_its_separator_is_token_0(tmp_path: Path) -> None:
+    tokenizer = train_byte_bpe(TEXTS, 270, tmp_path)
+    assert len(tokenizer) == 270
+    assert tokenizer.eos_token == END_OF_TEXT
+    assert tokenizer.eos_token_id == 0
+    assert sorted(tokenizer.get_vocab().values()) == list(range(270))
+    assert ids_of(tokenizer, "") == []  # nothing put around texts, as with GPT-2
+    few = train_byte_bpe(["ab ab"], 5000, tmp_path / "few")
+    assert 257 < len(few) < 270  # no more pairs to merge than the text holds
+
+
+def test_byte_bpe_merges_the_most_frequent_pairs_first(tmp_path: Path) -> None:
+    tokenizer = train_byte_bpe(["xyxyxy " * 10, "xy " * 5, "ab"], 258, tmp_path)
+    assert "xy" in tokenizer.get_vocab()
+    assert len(ids_of(tokenizer, "xyxy")) == 2
+
+
+def test_training_twice_writes_the_same_bytes(tmp_path: Path) -> None:
+    train_byte_bpe(TEXTS, 300, tmp_path / "a")
+    train_byte_bpe(iter(TEXTS), 300, tmp_path / "b")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert not any(name.startswith(".") for name in files_of(tmp_path / "a"))  # nothing temporary stays
+
+
+def test_saved_tokenizers_load_as_they_were(tmp_path: Path) -> None:
+    for tokenizer, folder in (
+        (train_byte_bpe(TEXTS, 300, tmp_path / "bpe"), tmp_path / "bpe"),
+        (character_tokenizer(TEXTS, tmp_path / "characters"), tmp_path / "characters"),
+    ):
+        for loaded in (load_tokenizer(folder), load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)):
+            assert ids_of(loaded, HOSTILE) == ids_of(tokenizer, HOSTILE)
+            assert loaded.decode(ids_of(loaded, TEXTS[2])) == TEXTS[2]
+            assert loaded.eos_token_id == tokenizer.eos_token_id == 0
+            assert loaded.is_fast
+
+
+def test_a_tokenizer_is_saved_beside_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    train_byte_bpe(TEXTS, 260, tmp_path)
+    train_byte_bpe(TEXTS, 270, tmp_path)  # and over an earlier one
+    assert len(load_tokenizer(tmp_path)) == 270
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_nothing_is_left_where_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    def fail(self: Any, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        train_byte_bpe(TEXTS, 260, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_small_a_vocabulary_and_no_text_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="vocab_size=256: a byte-level vocabulary needs at least 257"):
+        train_byte_bpe(TEXTS, 256, tmp_path)
+    for make in (lambda: train_byte_bpe(["", ""], 300, tmp_path), lambda: character_tokenizer(iter([]), tmp_path)):
+        with pytest.raises(UserError, match="no text"):
+            make()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- characters
+
+
+def test_characters_are_numbered_in_order_after_the_special_tokens(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer(["ba", "a\n"], tmp_path)
+    assert tokenizer.get_vocab() == {END_OF_TEXT: 0, UNKNOWN: 1, "\n": 2, "a": 3, "b": 4}
+    assert ids_of(tokenizer, "ab\nba") == [3, 4, 2, 4, 3]
+
+
+def test_one_token_per_character_and_an_exact_round_trip_of_known_ones(tmp_path: Path) -> None:
+    text = HOSTILE.replace(END_OF_TEXT, "") + "\r\r  \n"
+    tokenizer = character_tokenizer([text], tmp_path)
+    assert len(ids_of(tokenizer, text)) == len(text)
+    assert tokenizer.decode(ids_of(tokenizer, text)) == text
+
+
+def test_an_unknown_character_keeps_its_place(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer(["abc"], tmp_path)
+    assert tokenizer.unk_token_id == 1
+    assert ids_of(tokenizer, "a??c") == [2, 1, 1, 4]
+
+
+# ---- loading
+
+
+def test_a_missing_folder_is_an_error_that_names_the_near_one(tmp_path: Path) -> None:
+    train_byte_bpe(TEXTS, 260, tmp_path / "tiny-gpt")
+    with pytest.raises(UserError, match="no such folder; did you mean 'tiny-gpt'"):
+        load_tokenizer(tmp_path / "tiny-gtp")
+    with pytest.raises(UserError, match="no such folder"):
+        load_tokenizer("./nowhere")
+
+
+def test_a_folder_without_a_tokenizer_is_an_error_not_an_invented_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_damaged_tokenizer_is_an_error(tmp_path: Path) -> None:
+    train_byte_bpe(TEXTS, 260, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_without_the_hub_the_error_is_one_line_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(UserError, match="not to be had from the Hugging Face hub or its local cache") as caught:
+        load_tokenizer("no-such-owner/no-such-model")
+    assert "\n" not in str(caught.value)
+    assert "give a folder that holds a tokenizer" in str(caught.value)
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_code_of_a_repository_is_never_run(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
+    )
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "evil.py").write_text("raise SystemExit('this ran')\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+    assert not any("evil" in name for name in sys.modules)

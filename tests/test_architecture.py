@@ -1,0 +1,80 @@
+"""The house rules: imports flow one way, the package loads quickly, heavy libraries only where they are used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "sparse_coding"
+MAY_NOT_IMPORT = {
+    "synthetic": ("activations", "dictionaries", "training", "formats", "report", "language_models"),
+    "kernels": (
+        "synthetic",
+        "activations",
+        "dictionaries",
+        "metrics",
+        "training",
+        "formats",
+        "report",
+        "language_models",
+    ),
+    "dictionaries": ("synthetic", "activations", "metrics", "training", "formats", "report", "language_models"),
+    "metrics": ("synthetic", "activations", "training", "formats", "report", "language_models"),
+    "training": ("synthetic", "activations", "metrics", "formats", "report", "language_models"),
+    "formats": ("synthetic", "activations", "metrics", "report", "language_models"),
+    "report": ("synthetic", "activations", "language_models"),
+}
+HEAVY = (
+    "transformers",
+    "transformer_lens",
+    "datasets",
+    "wandb",
+    "matplotlib",
+    "obstore",
+    "vastai",
+    "scipy",
+    "tokenizers",
+)
+
+
+def imported_modules(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("package", list(MAY_NOT_IMPORT))
+def test_imports_flow_one_way(package):
+    for file in sorted((PACKAGE / package).rglob("*.py")):
+        for module in imported_modules(file):
+            parts = module.split(".")
+            if parts[0] == "sparse_coding" and len(parts) > 1:
+                assert parts[1] not in MAY_NOT_IMPORT[package], f"{file.relative_to(PACKAGE)} imports {module}"
+
+
+def test_importing_the_parts_loads_no_heavy_library():
+    code = (
+        "import sys, sparse_coding.run_settings, sparse_coding.training.trainer, sparse_coding.synthetic\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_file_unpickles_or_evaluates():
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "torch.load"), f"{file}: {name}"
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) == "False", file

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+
+from sparse_coding.__main__ import VERBS, main
+from sparse_coding.errors import UserError
+
+
+def test_help_lists_every_verb(capsys):
+    main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in VERBS)
+
+
+def test_an_unknown_verb_names_the_near_one():
+    with pytest.raises(UserError, match="did you mean 'train-lm'"):
+        main(["trainlm"])
+
+
+def test_sites_of_the_bundled_model_are_listed(capsys):
+    main(["sites"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "blocks.2.mlp.hook_post" in lines
+    assert "transformer.h.2.mlp.act" in lines
+
+
+def test_report_refuses_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="no run folder"):
+        main(["report", str(tmp_path)])
