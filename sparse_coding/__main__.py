@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from tyro.conf import Positional
 
@@ -43,7 +42,7 @@ def sites(arguments: Sequence[str]) -> None:
 class ReportFlags:
     """Draw the pictures and the report of a finished run again, from its data files."""
 
-    folder: Annotated[Path, Positional[Path]]
+    folder: Positional[Path]
     """The run folder, such as outputs/toy-quick-1a2b3c4d."""
 
 

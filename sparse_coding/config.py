@@ -99,7 +99,7 @@ def parse(cls: type[T], arguments: Sequence[str], prog: str, description: str) -
 def _one_line(boxed: str) -> str:
     """The message inside tyro's box: no frames, no rules, no usage."""
     lines = [re.sub(r"[│╭╮╰╯─┃|]", " ", line).strip() for line in boxed.splitlines()]
-    kept = [line for line in lines if line and "--help" not in line and line.lower() != "parsing error"]
+    kept = [line for line in lines if line and "--help" not in line and not line.startswith("For full helptext")]
     return " ".join(" ".join(kept).replace("Parsing error", "").split())
 
 

@@ -230,7 +230,7 @@ class HeldOut:
 def held_out(captured: Captured, wanted: int) -> HeldOut:
     """Up to `wanted` held-out activations of each site, in the order of the text."""
     kept = captured.held_out
-    counted = torch.ones(kept.tokens.shape, dtype=torch.bool) if kept.mask is None else torch.from_numpy(kept.mask[:])
+    counted = torch.ones(kept.tokens.shape, dtype=torch.bool) if kept.mask is None else torch.from_numpy(np.array(kept.mask))
     places = counted.nonzero()[:wanted]
     n_contexts = int(places[-1, 0]) + 1 if len(places) else 0
     found = captured_rows(captured.model, kept, slice(n_contexts), captured.sites)
@@ -248,7 +248,7 @@ def token_batches(captured: Captured, wanted: int) -> Iterator[tuple[Tensor, Ten
     ]
     for which, length in pieces or [(slice(1), context - kept.n_padding)]:  # all there is may be one short context
         tokens = torch.from_numpy(kept.tokens[which, :length].astype(np.int64))
-        counted = None if kept.mask is None else torch.from_numpy(kept.mask[which, :length])
+        counted = None if kept.mask is None else torch.from_numpy(np.array(kept.mask[which, :length]))
         yield tokens, torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted
 
 

@@ -406,9 +406,9 @@ def _progress(what: str, shown: bool) -> Iterator[Callable[[_Writer], None]]:
         nonlocal told, line
         now = time.perf_counter()
         line = (
-            f"tokenizing {what}: {writer.n_documents:,} documents, {writer.n_characters:,} characters, "
-            f"{writer.n_tokens:,} tokens in {writer.n_contexts:,} contexts, {writer.n_padding} positions of padding; "
-            f"{now - start:.1f} s, {writer.n_tokens / (now - start):,.0f} tokens/s"
+            f"tokenizing {what}: {writer.n_tokens:,} tokens, {writer.n_tokens / (now - start):,.0f} tokens/s, "
+            f"{now - start:.1f} s; {writer.n_documents:,} documents, {writer.n_characters:,} characters, "
+            f"{writer.n_contexts:,} contexts, {writer.n_padding} positions of padding"
         )
         if status is not None:
             status.update(line)

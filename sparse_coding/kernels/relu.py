@@ -40,7 +40,7 @@ def relu_l1_step(
     squared_error = error.square().sum((1, 2)) / n_rows
 
     d_error = (error * (2 * error_weight / n_rows)).to(dtype)
-    active = column_sums(f > 0)
+    active = column_sums(torch.sign(f))  # codes are >= 0; a sum of booleans is ten times slower on a CPU
     total_f = column_sums(f)
     d_decoder = torch.bmm(f.mT, d_error)
     penalty = (l1_weight / n_rows).to(dtype).view(-1, 1, 1)

@@ -24,7 +24,7 @@ ACCENT, WARN = "#d1495b", "#e08e0b"
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--card", BLANK: "--blank"}
 MARKERS = "osD^vPX*<>"
 
-RC = {
+RC: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
     "axes.titlesize": 9.5,

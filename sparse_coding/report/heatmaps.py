@@ -247,10 +247,10 @@ def _marks(axes: Axes, scale: Scale, low: float, high: float) -> None:
         value = min(max(value, low), high)
         return math.log(value / low) / math.log(high / low) if scale.log else (value - low) / (high - low)
 
-    height = axes.get_position().height * axes.figure.get_size_inches()[1]
+    height = axes.get_window_extent().height / axes.figure.dpi
     apart, floor, x = 0.15 / height, -1.0, 4.0
     transform = axes.transAxes
-    for name, mark in sorted(scale.marks.items(), key=lambda item: fraction(np.mean(item[1]))):
+    for name, mark in sorted(scale.marks.items(), key=lambda item: fraction(float(np.mean(item[1])))):
         ends = mark if isinstance(mark, tuple) else (mark, mark)
         if not all(math.isfinite(end) for end in ends) or ends[1] < low or ends[0] > high:
             continue

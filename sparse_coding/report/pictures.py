@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle, pairwise
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from sparse_coding.report.canvas import (
     place,
     sequence,
 )
+from sparse_coding.report.point_labels import write_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,15 +131,15 @@ def frontier(panels: Sequence[Panel], x_label: str, legend_title: str) -> Figure
         axes = place(figure, left + index * (width + gap), bottom, width, height)
         axes.set_xscale("log")
         axes.grid(True)
-        labels: list[tuple[float, float, str, Any]] = []
+        labels: list[tuple[float, float, str]] = []
         for curve, colour, marker in zip(panel.curves, sequence(len(panel.curves)), cycle(MARKERS), strict=False):
             (line,) = axes.plot(curve.x, curve.y, color=colour, marker=marker, markersize=4.5, markeredgecolor=PAPER,
                                 markeredgewidth=0.5)  # fmt: skip
             names.setdefault(curve.name, line)
-            labels += [(*point, colour) for point in zip(curve.x, curve.y, curve.labels, strict=False)]
+            labels += zip(curve.x, curve.y, curve.labels, strict=False)
         for curve in panel.points:
             axes.plot(curve.x, curve.y, color=MUTED, marker="s", markersize=4.5, linestyle="--", linewidth=1)
-            labels.insert(0, (curve.x[-1], curve.y[-1], curve.name, MUTED))
+            labels.insert(0, (curve.x[-1], curve.y[-1], curve.name))
         axes.set(title=panel.title, xlabel=x_label, ylabel=panel.y_label)
         low, high = axes.get_ylim()
         axes.set_ylim(low if panel.y_low is None else max(low, panel.y_low),
@@ -146,47 +147,11 @@ def frontier(panels: Sequence[Panel], x_label: str, legend_title: str) -> Figure
         x_low, x_high = axes.get_xlim()
         axes.set_xlim(x_low, x_high * (x_high / x_low) ** 0.04)
         number_axis(axes.xaxis)
-        _write_labels(axes, labels)
+        write_labels(axes, labels)
     if names:
         figure.legend(names.values(), names.keys(), title=legend_title, loc="upper right", borderaxespad=0.6,
                       alignment="left")  # fmt: skip
     return figure
-
-
-def _write_labels(axes: Axes, labels: Sequence[tuple[float, float, str, Any]], size: float = 7.2) -> None:
-    """Write each label beside its point, where nothing is covered; leave it out where there is no room."""
-    spots = [tuple(axes.transData.transform((x, y))) for x, y, _, _ in labels]
-    scale = axes.figure.dpi / 72
-    box = axes.get_window_extent()
-    taken = [(x - 3 * scale, y - 3 * scale, x + 3 * scale, y + 3 * scale) for x, y in spots]
-    taken += [(x - scale, y - scale, x + scale, y + scale) for line in axes.lines for x, y in _along(line, 4 * scale)]
-    for (x, y), (_, _, words, _colour) in zip(spots, labels, strict=True):
-        width, height = len(words) * size * 0.64 * scale, size * 1.15 * scale
-        for right, up in ((1, 0.6), (1, -0.6), (-1, 0.6), (-1, -0.6), (0, 1.3), (0, -1.3)):
-            cx = x + right * (width / 2 + 4 * scale)
-            cy = y + up * 8 * scale
-            place_ = (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
-            outside = place_[0] < box.x0 or place_[2] > box.x1 or place_[1] < box.y0 or place_[3] > box.y1
-            if outside or any(_overlap(place_, other) for other in taken):
-                continue
-            taken.append(place_)
-            axes.annotate(words, axes.transData.inverted().transform((cx, cy)), ha="center", va="center",
-                          fontsize=size, color=INK)  # fmt: skip
-            break
-
-
-def _along(line: Any, step: float) -> list[tuple[float, float]]:
-    """Pixels along a drawn line, `step` apart."""
-    points = line.axes.transData.transform(line.get_xydata())
-    found = []
-    for (x0, y0), (x1, y1) in pairwise(points):
-        count = max(int(math.hypot(x1 - x0, y1 - y0) / step), 1)
-        found += [(x0 + (x1 - x0) * i / count, y0 + (y1 - y0) * i / count) for i in range(count)]
-    return found
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 @drawn
@@ -310,7 +275,7 @@ def _scale_rows(axes: Axes, panel: Panel, values: np.ndarray) -> None:
         axes.set_ylim(low, high + 0.05 * ((high - low) or 1.0))
 
 
-def _quantity(value: float, _: int) -> str:
+def _quantity(value: float, _: float) -> str:
     from sparse_coding.progress import quantity
 
     return quantity(value)

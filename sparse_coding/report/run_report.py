@@ -77,17 +77,22 @@ def _title(run: RunData) -> str:
 
 
 def _shape(run: RunData) -> list[tuple[str, str]]:
-    shape = []
-    for label, names in (("model", ("model", "model_name")), ("text", ("dataset", "text", "data"))):
-        value = look_up(run.settings, *names)
-        if isinstance(value, (str, int, float)):
-            shape.append((label, visible(str(value))))
+    shape = [("model", visible(str(look_up(run.settings, "model", "model_name") or "")))]
+    shape.append(("text", visible(str(_text_source(run.settings) or ""))))
     shape.append(("sites", visible(", ".join(str(site) for (site,) in groups(run.records, "site")))))
     tokens = number(run.log[-1].get("tokens")) if run.log else math.nan
     if not math.isnan(tokens):
         shape.append(("training tokens", f"{tokens:,.0f}"))
     shape.append(("members", str(len(run.records))))
     return shape
+
+
+def _text_source(settings: Mapping[str, Any]) -> Any:
+    """data.text.text.source, which is what was read, else what was asked for."""
+    part: Any = settings
+    for name in ("data", "text", "text", "source"):
+        part = part.get(name) if isinstance(part, Mapping) else None
+    return part or look_up(settings, "dataset", "text")
 
 
 def _summary(records: Sequence[Record], best: Mapping[str, str]) -> list[str]:

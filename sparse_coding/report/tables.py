@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from sparse_coding.progress import duration
 from sparse_coding.report.page import Cell, Row, Table, number_cell, text_cell
 from sparse_coding.report.records import (
     Record,
@@ -24,6 +25,7 @@ from sparse_coding.report.records import (
 METRICS = {
     "mmcs": ("MMCS", "mean over true features of the largest cosine with an atom"),
     "mmcs_dict_to_truth": ("MMCS back", "mean over atoms of the largest cosine with a true feature"),
+    "uniqueness": ("unique", "share of atoms with a best-matching true feature of their own"),
     "mcc": ("MCC", "mean |cosine| under the best one-to-one matching"),
     "fraction_above_0.9": ("found", "fraction of true features with a cosine above 0.9"),
     "fvu": ("FVU", "fraction of variance unexplained: squared error over variance"),
@@ -123,6 +125,10 @@ def facts(settings: Mapping[str, Any], shape: Sequence[tuple[str, str]]) -> list
     for name in ("date", "command"):
         if origin.get(name):
             found.append((name, str(origin[name])))
+    training = settings.get("training")
+    seconds = number(training.get("seconds")) if isinstance(training, Mapping) else math.nan
+    if math.isfinite(seconds):
+        found.append(("training took", duration(seconds)))
     versions = origin.get("versions")
     if isinstance(versions, Mapping):
         named = {"sparse_coding": origin.get("version"), "python": origin.get("python"), **versions}
@@ -137,12 +143,13 @@ def facts(settings: Mapping[str, Any], shape: Sequence[tuple[str, str]]) -> list
     return found
 
 
-def look_up(settings: Mapping[str, Any], *names: str) -> Any:
-    """The first of these settings that is there, at the top of settings.json, under "run" or one level below it."""
+def look_up(settings: Mapping[str, Any], *names: str) -> str | float | None:
+    """The first text or number of these names in settings.json: at its top, under "run", or one group below either."""
     run = settings.get("run")
     levels = [settings, *([run] if isinstance(run, Mapping) else [])]
     levels += [part for level in levels[:] for part in level.values() if isinstance(part, Mapping) and part is not run]
-    return next((level[name] for name in names for level in levels if level.get(name) is not None), None)
+    found = (level.get(name) for name in names for level in levels)
+    return next((value for value in found if isinstance(value, (str, int, float))), None)
 
 
 def health_warnings(records: Sequence[Record]) -> list[str]:

@@ -86,7 +86,7 @@ def maps(study: Study) -> list[Picture]:
         "mmcs_next_larger": _next_larger,
     }
     wanted = [name for name in makers if has(study.records, name)]
-    if study.clip_dead is None and "dead_fraction" in wanted:
+    if study.clip_dead is None:
         wanted = [name for name in wanted if name != "dead"]
     if not math.isfinite(study.l0_true):
         wanted = [name for name in wanted if name != "l0"]
@@ -171,28 +171,28 @@ def _times(exponent: float) -> str:
     return f"×{2**exponent:.3g}" if exponent >= 0 else f"÷{2**-exponent:.3g}"
 
 
-def _dead_words(study: Study) -> str:
-    expected = number(study.controls.get("expected_dead"))
+def _dead_words(study: Study, published: bool = False) -> str:
+    expected = number(study.controls.get("expected_dead_published" if published else "expected_dead"))
     if math.isnan(expected):
         return "Some rare features may not occur in the evaluation at all, so a few dead latents are expected."
     return (
-        f"About {expected:.3g} true features never occur in the evaluation, so that many dead latents are expected "
+        f"About {expected:.3g} true features never occur in the samples counted, so that many dead latents are expected "
         "even of a perfect one-to-one dictionary."
     )
 
 
 def _dead(study: Study) -> Picture:
-    grid, clip = study.grid("dead"), study.clip_dead
+    published = has(study.records, "dead_published")
+    grid, clip = study.grid("dead_published" if published else "dead"), study.clip_dead
     marks = {}
-    if math.isfinite(expected := number(study.controls.get("expected_dead"))):
+    expected = number(study.controls.get("expected_dead_published" if published else "expected_dead"))
+    if math.isfinite(expected):
         marks = {"expected dead": expected}
-    scale = Scale("dead latents", 0, clip, marks=marks)
-    figure = heat_map("Dead latents", grid, scale, edge=study.edge)
-    caption = f"Latents that never fired in the evaluation; the printed counts are never clipped. {_dead_words(study)}"
-    note = blanks(grid.values)
-    if clip is not None:
-        note = f"Colours are clipped at {clip:.3g}, as in the published figure. {note}".strip()
-    return study.picture("dead", "Dead latents", figure, caption, note)
+    figure = heat_map("Dead latents", grid, Scale("dead latents", 0, clip, marks=marks), edge=study.edge)
+    samples = "the few samples of the published count" if published else "the evaluation"
+    caption = f"Latents that never fired in {samples}. {_dead_words(study, published)}"
+    note = f"Colours end at {clip:.3g}, as in the published picture; the printed counts are not clipped."
+    return study.picture("dead", "Dead latents", figure, caption, f"{note} {blanks(grid.values)}".strip())
 
 
 def _dead_fraction(study: Study) -> Picture:
@@ -255,7 +255,8 @@ def curves(study: Study) -> Picture | None:
         x, y = np.array(grid.knobs)[positive], grid.values[row][positive]
         half = spread[row][positive]
         known = np.isfinite(half).any()
-        line = Curve(name, x, y, low=y - half if known else (), high=y + half if known else ())
+        spread_ = {"low": (y - half).tolist(), "high": (y + half).tolist()} if known else {}
+        line = Curve(name, x.tolist(), y.tolist(), **spread_)
         levels = {
             "chance": by_ratio(study.controls.get("chance_mmcs"), at),
             "ceiling": by_ratio(study.controls.get("ceiling"), at),

@@ -28,17 +28,22 @@ from sparse_coding.report.records import (
 from sparse_coding.report.tables import cell_table, facts, health_warnings, knob_label, look_up, member_table
 from sparse_coding.report.toy_pictures import Study, curves, maps, match_histograms
 
+PUBLISHED_CLIP = 100.0
+"""Dead latents at which the colours of the published map end."""
+
 
 def write_toy_report(folder: Path) -> Path:
     """Draw `report.html` and `pictures/*.png` from the data files of a finished toy run; returns the page's path.
 
+    Dead latents are drawn as counts with the colours clipped, as published, where settings.json says "published_metrics"
+    (or "clip_dead" with the number to clip at), else as fractions only; the data files are never clipped.
     Nothing is measured here, so a report can be redrawn at any time and comes out the same. Raises UserError where a
     data file is missing, empty or damaged.
     """
     run = read_run(folder)
     controls = run.settings.get("controls")
     controls = controls if isinstance(controls, Mapping) else {}
-    clip = number(look_up(run.settings, "clip_dead"))
+    clip = PUBLISHED_CLIP if look_up(run.settings, "published_metrics") else number(look_up(run.settings, "clip_dead"))
     sections = []
     parts = groups(run.records, "architecture", "lr")
     for (architecture, lr), records in parts.items():
@@ -93,9 +98,8 @@ def _shape(records: list[Record], settings: Mapping[str, Any], controls: Mapping
         ("members", str(len(records))),
         ("seeds", str(len({record.get("seed") for record in records}))),
     ]
-    for label, names in (("world", ("preset", "world")), ("steps", ("steps", "n_steps")), ("batch", ("batch_size",))):
-        value = look_up(settings, *names)
-        if isinstance(value, (str, int, float)):
+    for label, names in (("world", ("world_name", "preset")), ("steps", ("steps",)), ("batch", ("batch_size",))):
+        if (value := look_up(settings, *names)) is not None:
             shape.append((label, str(value)))
     return shape
 

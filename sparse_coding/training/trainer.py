@@ -94,7 +94,8 @@ class Trainer:
                     self.save()
                     saved = time.monotonic()
                 if self._stop and self.step < settings.steps:
-                    raise Interrupted(f"by {self._stop} at step {self.step:,} of {settings.steps:,}")
+                    kept = "its state is saved; the same command continues it" if self.folder else "nothing is saved"
+                    raise Interrupted(f"by {self._stop} at step {self.step:,} of {settings.steps:,}: {kept}")
         self.save()
 
     def dictionary(self, index: int) -> TrainableDictionary:

@@ -196,7 +196,7 @@ def test_sigterm_saves_and_says_how_to_go_on(small_gpt2, small_text, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--layer", "999"], "layer 999 is out of range"),
+        (["--layer", "999"], "layer 999: this model has layers 0 to 2"),
         (["--l1", "-1"], "-1"),
         (["--l1", "x"], "--l1 is 'x'"),
         (["--ratios", "0.0001"], "d_sae"),
@@ -229,7 +229,7 @@ def test_a_mistake_is_one_clear_line(words, message, small_gpt2, small_text, tmp
 def test_a_mistake_on_the_real_command_exits_with_2_and_no_traceback(command):
     done = command("run.py", "--layer", "999")
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: layer 999 is out of range")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: layer 999: this model has layers 0 to 3")
     assert "Traceback" not in done.stderr
 
 
@@ -253,9 +253,9 @@ def test_a_model_that_gives_nan_says_where(small_gpt2, small_text, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(small_gpt2, broken)
     tensors = load_file(broken / "model.safetensors")
-    tensors["transformer.wpe.weight"][5] = float("nan")
+    tensors["transformer.h.1.mlp.c_fc.bias"][7] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"blocks\.1\.mlp\.hook_post.*position 5"):
+    with pytest.raises(UserError, match=r"blocks\.1\.mlp\.hook_post hold NaN.*context 0 at position 0"):
         run(settings(*flags(broken, small_text, tmp_path / "run")))
 
 
