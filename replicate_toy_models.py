@@ -15,17 +15,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-from sparse_coding.report.toy_report import write_toy_report
 from tyro.conf import arg
 
 from sparse_coding import toy_study
 from sparse_coding.config import numbers, parse, to_dict
 from sparse_coding.device import pick_device
-from sparse_coding.errors import reported
-from sparse_coding.evaluation import record, stability
+from sparse_coding.errors import UserError, reported
+from sparse_coding.evaluation import record, save_dictionaries, stability
 from sparse_coding.progress import Progress
 from sparse_coding.provenance import provenance, short_hash
+from sparse_coding.report.toy_report import write_toy_report
 from sparse_coding.synthetic import World, WorldStream, preset
 from sparse_coding.training.estimate import estimate
 from sparse_coding.training.run_folder import RunFolder
@@ -98,7 +97,7 @@ def complete(study: Study) -> tuple[Study, Grid]:
     for flag, value in (("--batch-size", study.batch_size), ("--eval-samples", study.eval_samples)):
         if value < 1:
             raise UserError(f"{flag} is {value}: it must be at least 1")
-    name = study.preset if study.preset != "auto" else "full" if torch.cuda.is_available() else "quick"
+    name = study.preset if study.preset != "auto" else "full" if pick_device("auto") == "cuda" else "quick"
     base = GRIDS[name]
     chosen = Grid(
         study.l1 or base.l1, study.ratios or base.ratios, study.steps or base.steps, study.world or base.world
@@ -175,6 +174,7 @@ def train_and_measure(
 ) -> None:
     trainer = Trainer(members, stream, training, device, folder, study.checkpoint_seconds)
     trainer.fit()
+    save_dictionaries(trainer, folder.path)
 
     # Matching: against the truth, against the next larger dictionary, and on samples that training never saw.
     batches = toy_study.held_out(world, study.eval_samples, study.batch_size)
@@ -187,7 +187,7 @@ def train_and_measure(
             records.append(record(member, ratio, reconstruction, {**metrics, "mmcs_next_larger": with_larger[index]}))
             progress.update(index + 1)
     folder.note(controls=toy_study.controls(world, ratios, batches, study.world_seed))
-    folder.write_lines("results.jsonl", records)
+    folder.finish(records)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,10 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sparse_coding.progress import duration
 from sparse_coding.provenance import provenance
-from sparse_coding.synthetic import World, WorldStream, preset
-from sparse_coding.synthetic.world import covariance_matrix
+from sparse_coding.synthetic import World, WorldStream, covariance_matrix, preset
 from sparse_coding.training.optimizer import OptimizerSettings
 from sparse_coding.training.precision import products_dtype
 from sparse_coding.training.stack import Stack
@@ -59,15 +60,14 @@ class DenseGenerator:
     """The recipe of 2023 with a dense draw: one normal vector per batch, a Bernoulli and a uniform for every cell."""
 
     def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
         settings = preset("hoagy-2023-07")
-        self.directions = nn.functional.normalize(torch.randn(FEATURES, D_IN, generator=generator), dim=1)
-        covariance = covariance_matrix(settings).float()
-        self.normal = torch.distributions.MultivariateNormal(torch.zeros(FEATURES), covariance_matrix=covariance)
+        self.directions = nn.functional.normalize(torch.randn(FEATURES, D_IN), dim=1)
+        self.covariance = covariance_matrix(settings).float()
         self.decay = 0.99 ** torch.arange(FEATURES)
 
     def batch(self) -> Tensor:
-        u = torch.distributions.Normal(0.0, 1.0).cdf(self.normal.sample())
+        normal = torch.distributions.MultivariateNormal(torch.zeros(FEATURES), covariance_matrix=self.covariance)
+        u = torch.distributions.Normal(0.0, 1.0).cdf(normal.sample())
         p = u * self.decay
         p = p * (5 / FEATURES / p.mean())
         active = torch.bernoulli(p.expand(BATCH, -1))

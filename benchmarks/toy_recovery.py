@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sparse_coding import toy_study
 from sparse_coding.dictionaries import ReLUSettings
 from sparse_coding.provenance import provenance

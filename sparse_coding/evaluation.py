@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from sparse_coding.config import to_dict
 from sparse_coding.dictionaries import Dictionary
+from sparse_coding.formats.saelens import save_dictionary
 from sparse_coding.metrics.matching import mmcs_with_larger
 from sparse_coding.metrics.reconstruction import Reconstruction
 from sparse_coding.training.sweep import Member
+from sparse_coding.training.trainer import Trainer
+
+
+def save_dictionaries(
+    trainer: Trainer, folder: Path, scales: Mapping[str, float] | None = None, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Every member into `folder/dictionaries/<name>`; `scales` by site are folded in, so they take raw activations."""
+    for index, member in enumerate(trainer.members):
+        metadata = {**(facts or {}), "hook_name": member.site}
+        target = folder / "dictionaries" / member.name
+        scale = (scales or {}).get(member.site, 1.0)
+        save_dictionary(trainer.dictionary(index), member.architecture, target, scale, metadata)
 
 
 def next_larger(members: Sequence[Member]) -> list[int | None]:

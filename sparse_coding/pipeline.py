@@ -22,8 +22,7 @@ from sparse_coding.activations.tokens import Contexts, contexts
 from sparse_coding.config import numbers
 from sparse_coding.dictionaries import Dictionary, architecture
 from sparse_coding.errors import UserError
-from sparse_coding.evaluation import record, stability
-from sparse_coding.formats.saelens import save_dictionary
+from sparse_coding.evaluation import record, save_dictionaries, stability
 from sparse_coding.language_models.tokenizers import load_tokenizer
 from sparse_coding.latents import top_contexts
 from sparse_coding.metrics.behaviour import behaviour, reconstruct_with
@@ -149,14 +148,8 @@ def train(settings: RunSettings, captured: Captured, members: list[Member], fold
     trainer = Trainer(members, captured.stream, training, str(device), folder, output.checkpoint_seconds, mirrors)
     trainer.fit()
     folder.note(training={"seconds": trainer.seconds, "seconds_capturing": captured.source.seconds_capturing})
-    for index, member in enumerate(members):
-        known = {
-            "model_name": settings.model.model,
-            "hook_name": member.site,
-            "context_size": captured.train.tokens.shape[1],
-        }
-        target = folder.path / "dictionaries" / member.name
-        save_dictionary(trainer.dictionary(index), member.architecture, target, captured.scales[member.site], known)
+    known = {"model_name": settings.model.model, "context_size": captured.train.tokens.shape[1]}
+    save_dictionaries(trainer, folder.path, captured.scales, known)
     return trainer
 
 
@@ -170,7 +163,10 @@ def describe(settings: RunSettings, captured: Captured, members: list[Member], t
     print(f"text {captured.train.identity['text']['source']}: {sizes}")
     steps = f"{training.steps:,} steps of {captured.stream.batch_size:,} activations"
     print(f"sweep: {steps} ({epochs:.2g} passes over the text)")
-    plan = estimate(members, captured.stream, training.steps, training.precision, str(captured.model.device))
+    source = captured.source
+    capturing = source.seconds_capturing / max(source.rows_captured, 1) * source.batch_size
+    device = str(captured.model.device)
+    plan = estimate(members, captured.stream, training.steps, training.precision, device, capturing)
     print(f"plan: {plan}", flush=True)
 
 
@@ -214,7 +210,10 @@ def evaluate(settings: RunSettings, captured: Captured, trainer: Trainer, folder
             progress.update(index + 1)
     if settings.evaluation.latents:
         folder.write_json("latents.json", list_latents(settings, captured, members, inference, kept, records))
-    folder.write_lines("results.jsonl", records)
+    folder.finish(records)
+    for mirror in trainer.loggers:
+        if isinstance(mirror, WandbMirror):
+            mirror.finish(records)
     return records
 
 
@@ -230,8 +229,8 @@ class HeldOut:
 def held_out(captured: Captured, wanted: int) -> HeldOut:
     """Up to `wanted` held-out activations of each site, in the order of the text."""
     kept = captured.held_out
-    counted = torch.ones(kept.tokens.shape, dtype=torch.bool) if kept.mask is None else torch.from_numpy(np.array(kept.mask))
-    places = counted.nonzero()[:wanted]
+    counted = np.ones(kept.tokens.shape, dtype=bool) if kept.mask is None else kept.mask
+    places = torch.from_numpy(np.argwhere(counted)[:wanted])
     n_contexts = int(places[-1, 0]) + 1 if len(places) else 0
     found = captured_rows(captured.model, kept, slice(n_contexts), captured.sites)
     return HeldOut({name: x[: len(places)].float() for name, x in found.items()}, places)

@@ -75,8 +75,8 @@ class ActivationStream:
         self._n_blocks = min(n_blocks, len(self._counts))
         self.widths: Mapping[str, int] = widths(model, list(self.sites.values()))
         """Width of the activations by site."""
-        self.seconds_capturing = 0.0
-        """Time spent in the language model so far."""
+        self.seconds_capturing, self.rows_captured = 0.0, 0
+        """Time spent in the language model so far, and the rows it gave."""
         self._epoch: _Epoch | None = None
         self._block: _Block | None = None
 
@@ -146,6 +146,7 @@ class ActivationStream:
             order = torch.randperm(n_rows, generator=_generator(self.seed, *key))
             self._block = _Block(key, captured, order.to(self.model.device))
             self.seconds_capturing += time.perf_counter() - start
+            self.rows_captured += n_rows
         return self._block
 
     def _check_finite(self, name: str, x: Float[Tensor, "rows d_in"], chosen: Int[np.ndarray, " n"]) -> None:

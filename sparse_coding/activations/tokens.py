@@ -21,13 +21,14 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, UInt
 
 from sparse_coding.activations.text import Part, TextSettings, documents, text_identity
 from sparse_coding.errors import UserError
+from sparse_coding.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -301,16 +302,15 @@ class _Writer:
         if not self.n_tokens:
             raise UserError("the tokenizer makes no token of this text: is it the right tokenizer for it?")
         for file in (self.tokens, self.mask):
-            _sync(file)
+            file.flush()
+            os.fsync(file.fileno())
         self.close()  # before one is removed
         if not self.exclude_special and not self.n_padding:
             (self.folder / "mask.bin").unlink()  # all True
         facts = {name: getattr(self, name) for name in ("n_documents", "n_characters", "n_tokens", "n_padding")}
         facts |= {"n_contexts": self.n_contexts, "n_frame": n_frame, "dtype": packing.dtype}
         facts["identity"] = identity | {"sha256": self.digest.hexdigest()}
-        with (self.folder / "contexts.json").open("w", encoding="utf-8") as file:
-            json.dump(facts, file, indent=1)
-            _sync(file)
+        write_text(self.folder / "contexts.json", json.dumps(facts, indent=1))
 
     def close(self) -> None:
         self.tokens.close()
@@ -318,11 +318,6 @@ class _Writer:
 
 
 # ---- on disk
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @contextmanager

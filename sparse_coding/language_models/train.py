@@ -10,464 +10,33 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-import os
 import platform
 import shlex
 import shutil
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
-from jaxtyping import Float, Int, Integer, UInt
-from torch import Tensor
+from jaxtyping import Integer, UInt
 
 from sparse_coding.activations.text import PYTHON_DOCS, TextSettings, documents, text_identity
 from sparse_coding.activations.tokens import contexts, flat
-from sparse_coding.errors import Interrupted, UserError, reported
+from sparse_coding.device import pick_device
+from sparse_coding.errors import UserError, reported
 from sparse_coding.language_models import card
 from sparse_coding.language_models.config_file import TrainConfig, Value, load_config, parse_overrides
+from sparse_coding.language_models.gpt import Trainer, build, derive, held_out_loss
+from sparse_coding.language_models.loop import fit
 from sparse_coding.language_models.ngrams import baselines
+from sparse_coding.language_models.training_state import STATE, refuse_other_run
+from sparse_coding.training.precision import has_bf16
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
-
-LOG = "train_log.jsonl"
-STATE = "training_state"
-
-
-# --- the model -------------------------------------------------------------------------------------------------------
-
-
-def derive(seed: int, *parts: int | str) -> int:
-    """A seed of its own for each use of `seed`: the first 63 bits of a hash."""
-    digest = hashlib.sha256(repr((seed, *parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def build(config: TrainConfig, vocab_size: int, end_of_text: int | None = None) -> GPT2LMHeadModel:
-    """A fresh model on the CPU: normal .02, both output projections .02 / sqrt(2 n_layer), biases 0 (nanoGPT, GPT-2).
-
-    With `bias=False` the biases, LayerNorm's included, are zeros without gradient.
-    """
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    shape = GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=config.block_size,
-        n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        activation_function="gelu",
-        layer_norm_epsilon=1e-5,
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
-        tie_word_embeddings=True,
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-    )
-    with torch.random.fork_rng(devices=[]):  # the constructor's own draws are replaced below
-        model = GPT2LMHeadModel(shape)
-    generator = torch.Generator().manual_seed(derive(config.seed, "weights"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):
-                parameter.zero_().requires_grad_(config.bias)
-            elif parameter.dim() >= 2:
-                narrower = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
-                parameter.normal_(0.0, 0.02 / narrower, generator=generator)
-    return model
-
-
-def cross_entropy(
-    model: GPT2LMHeadModel, windows: Int[Tensor, "B T+1"], reduction: Literal["mean", "sum"] = "mean"
-) -> Float[Tensor, ""]:
-    """Nats per token of each window's last T tokens (or their sum), each given those before it."""
-    hidden = model.transformer(windows[:, :-1], use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden).flatten(0, 1).float()
-    return F.cross_entropy(logits, windows[:, 1:].flatten(), reduction=reduction)
-
-
-def held_out_loss(model: GPT2LMHeadModel, tokens: Integer[np.ndarray, "N"], batch_size: int = 32) -> float:
-    """Nats per token on all of `tokens` but the first: float32, no dropout, windows side by side, each token once.
-
-    The model keeps its mode. A window starts with an empty context, as the model was trained.
-    """
-    width, total, training = model.config.n_positions, 0.0, model.training
-    whole = (len(tokens) - 1) // width * width
-    starts = np.arange(0, whole, width)[:, None]
-    cuts = range(batch_size, len(starts), batch_size)
-    stacks = [tokens[some + np.arange(width + 1)] for some in np.split(starts, cuts)]
-    if whole < len(tokens) - 1:
-        stacks.append(tokens[None, whole:])
-    model.eval()
-    with torch.inference_mode():
-        for windows in stacks:
-            rows = torch.from_numpy(windows.astype(np.int64)).to(model.device)
-            total += cross_entropy(model, rows, "sum").item() if len(rows) else 0.0
-    model.train(training)
-    return total / (len(tokens) - 1)
-
-
-# --- one update ------------------------------------------------------------------------------------------------------
-
-
-def learning_rate(config: TrainConfig, iteration: int) -> float:
-    """nanoGPT's schedule at update `iteration` (from 0): linear warmup, a cosine down to min_lr, then min_lr."""
-    if not config.decay_lr:
-        return config.learning_rate
-    if iteration < config.warmup_iters:
-        return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
-    if iteration >= config.decay_until:
-        return config.min_lr
-    done = (iteration - config.warmup_iters) / (config.decay_until - config.warmup_iters)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - config.min_lr)
-
-
-def optimizer_for(model: GPT2LMHeadModel, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with nanoGPT's two groups: weight decay for tensors of two or more dimensions, none for the rest."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
-
-
-def windows_at(
-    tokens: Integer[np.ndarray, "N"], config: TrainConfig, seed: int, count: int, device: torch.device
-) -> Int[Tensor, "count T+1"]:
-    """`count` windows at random places of `tokens` (with replacement, as nanoGPT draws them), a function of `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - config.block_size, (count, 1), generator=generator).numpy()
-    return torch.from_numpy(tokens[starts + np.arange(config.block_size + 1)].astype(np.int64)).to(device)
-
-
-@contextmanager
-def dropout_from(seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout inside draws from `seed`; the global generators are as before afterwards."""
-    metal = torch.mps.get_rng_state() if device.type == "mps" else None
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        if metal is not None:
-            torch.mps.set_rng_state(metal)
-
-
-@dataclass
-class Trainer:
-    """The model, its optimiser and the text; one call of `update` is one step of AdamW."""
-
-    config: TrainConfig
-    model: GPT2LMHeadModel
-    tokens: Integer[np.ndarray, "N"]
-    held_out: Integer[np.ndarray, "K"]
-    device: torch.device
-    dtype: torch.dtype  # of the matrix products
-    optimizer: torch.optim.AdamW = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.model.to(self.device)  # type: ignore[arg-type]
-        self.model.train()
-        self.optimizer = optimizer_for(self.model, self.config, self.device)
-
-    def autocast(self) -> Any:
-        low = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype) if low else nullcontext()
-
-    def update(self, iteration: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Make update `iteration`: accumulate gradients, clip, step. Returns the mean loss and the gradient's norm."""
-        config = self.config
-        count = config.batch_size * config.gradient_accumulation_steps
-        windows = windows_at(self.tokens, config, derive(config.seed, "batch", iteration), count, self.device)
-        loss = torch.zeros((), device=self.device)
-        for part, rows in enumerate(windows.split(config.batch_size)):
-            seed = derive(config.seed, "dropout", iteration, part)
-            with dropout_from(seed, self.device) if config.dropout else nullcontext(), self.autocast():
-                share = cross_entropy(self.model, rows) / config.gradient_accumulation_steps
-            share.backward()
-            loss += share.detach()
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, iteration)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm
-
-    def evaluate(self) -> dict[str, float]:
-        """Mean loss over `eval_iters` random batches of each text, the same batches at every evaluation."""
-        self.model.eval()
-        losses = {}
-        for name, tokens in (("train_loss", self.tokens), ("val_loss", self.held_out)):
-            total = torch.zeros((), device=self.device)
-            for i in range(self.config.eval_iters):
-                seed = derive(self.config.seed, name, i)
-                windows = windows_at(tokens, self.config, seed, self.config.batch_size, self.device)
-                with torch.inference_mode(), self.autocast():
-                    total += cross_entropy(self.model, windows)
-            losses[name] = total.item() / self.config.eval_iters
-        self.model.train()
-        return losses
-
-
-# --- exact resume ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Progress:
-    """Where a run stands; together with the weights and AdamW's moments it is the whole state."""
-
-    iteration: int = 0  # updates made
-    seconds: float = 0.0  # of training, over all starts
-    best_loss: float = math.inf
-    best_iteration: int = 0
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The file appears whole or not at all: written beside its place, flushed to the disk, then renamed."""
-    beside = path.with_name(f".{path.name}.part")
-    write(beside)
-    with beside.open("rb+") as handle:
-        os.fsync(handle.fileno())
-    os.replace(beside, path)
-
-
-def save_weights(path: Path, model: GPT2LMHeadModel) -> None:
-    from safetensors.torch import save_file
-
-    weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-    write_whole(path, lambda beside: save_file(weights, beside))
-
-
-def load_weights(path: Path, model: GPT2LMHeadModel) -> None:
-    from safetensors.torch import load_file
-
-    weights = load_file(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-
-
-def save_state(path: Path, trainer: Trainer, progress: Progress, identity: Mapping[str, Any]) -> None:
-    """One safetensors file: weights and moments by parameter name, everything else as JSON in its header.
-
-    One file, so that the tensors and the JSON can never be of different updates.
-    """
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for name, parameter in trainer.model.named_parameters():
-        tensors[f"weight/{name}"] = parameter.detach().contiguous()
-        for key, value in trainer.optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value.contiguous()
-    header = {"progress": json.dumps(dataclasses.asdict(progress)), "identity": json.dumps(identity)}
-    write_whole(path, lambda beside: save_file(tensors, beside, metadata=header))
-
-
-def load_state(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -> Progress:
-    """Put a saved state into `trainer`; raises `UserError` if it belongs to other settings or another text."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-        refuse_other_run(path.parent.parent, json.loads(header["identity"]), identity)
-        saved: dict[str, dict[str, Tensor]] = {}
-        for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            kind, _, name = key.partition("/")
-            saved.setdefault(name, {})[kind] = file.get_tensor(key)
-    with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            parameter.copy_(saved[name].pop("weight"))
-    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
-    order = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
-    moments = {i: saved[names[parameter]] for i, parameter in enumerate(order) if saved[names[parameter]]}
-    trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": moments})
-    return Progress(**json.loads(header["progress"]))
-
-
-def refuse_other_run(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """`UserError` naming what differs when `folder` holds a run with other settings or another text."""
-    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    changed = [f"{key} was {there.get(key)!r}, now {here.get(key)!r}" for key in differing]
-    if changed:
-        raise UserError(
-            f"{folder} holds a run with other settings ({'; '.join(changed)}): "
-            "start it with those, choose another --out, or delete the folder"
-        )
-
-
-def keep_log_until(path: Path, iteration: int) -> None:
-    """Drop the lines past `iteration`: a killed run wrote them, the resumed run will write them again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    whole = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= iteration]
-    write_whole(path, lambda beside: beside.write_text("".join(f"{line}\n" for line in whole)))
-
-
-# --- the loop --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function true; a second one acts as usual."""
-    asked = False
-    usual: dict[int, Any] = {}
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(number, usual[number])
-
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-        usual.update({number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)})
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-
-class Display:
-    """A rich progress bar on a terminal; elsewhere a plain line about every ten seconds."""
-
-    def __init__(self, total: int, start: int):
-        self.total, self.start, self.begun, self.last_line = total, start, time.monotonic(), time.monotonic()
-        self.bar = None
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            text = TextColumn("{task.description}")
-            self.bar = Progress(BarColumn(), MofNCompleteColumn(), text, TimeRemainingColumn())
-            self.task = self.bar.add_task("", total=total, completed=start)
-            self.bar.start()
-
-    def update(self, iteration: int, loss: float, rate: float) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=iteration, description=f"loss {loss:.4f}  {rate:,.0f} tokens/s")
-        elif time.monotonic() - self.last_line > 10:
-            self.last_line = time.monotonic()
-            left = (self.last_line - self.begun) / max(1, iteration - self.start) * (self.total - iteration)
-            self.say(f"{iteration}/{self.total}  loss {loss:.4f}  {rate:,.0f} tokens/s  {left / 60:.1f} minutes left")
-
-    def say(self, line: str) -> None:
-        if self.bar is not None:
-            self.bar.console.print(line, markup=False, highlight=False)
-        else:
-            print(line, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-
-class Run:
-    """A trainer with its folder: knows where training stands, and writes the log, the best weights and the state."""
-
-    def __init__(self, trainer: Trainer, folder: Path, identity: Mapping[str, Any]):
-        self.trainer, self.config, self.folder, self.identity = trainer, trainer.config, folder, identity
-        (folder / STATE).mkdir(parents=True, exist_ok=True)
-        self.state, self.best = folder / STATE / "state.safetensors", folder / STATE / "best.safetensors"
-        self.resumed = self.state.exists()
-        self.progress = load_state(self.state, trainer, identity) if self.resumed else Progress()
-        keep_log_until(folder / LOG, self.progress.iteration if self.resumed else -1)
-        self.display = Display(self.config.max_iters, self.progress.iteration)
-        self.begun = time.monotonic() - self.progress.seconds
-        self.saved_at, self.save_cost = time.monotonic(), 0.0
-        self.mark, self.mark_iteration = time.monotonic(), self.progress.iteration  # since when speed is measured
-
-    def log(self, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> None:
-        """The line of an update."""
-        iteration, now, value = self.progress.iteration, time.monotonic(), loss.item()
-        rate = (iteration - self.mark_iteration) * self.config.tokens_per_iteration / (now - self.mark)
-        self.mark, self.mark_iteration = now, iteration
-        lr = learning_rate(self.config, iteration - 1)
-        self._write({"tokens_per_second": rate, "lr": lr, "loss": value, "grad_norm": norm.item()}, value)
-        self.display.update(iteration, value, rate)
-
-    def evaluate(self) -> None:
-        """Log the losses on both texts; keep the weights if they are the best so far (fresh ones never are)."""
-        losses, iteration = self.trainer.evaluate(), self.progress.iteration
-        self._write(losses, losses["val_loss"])
-        said = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        self.display.say(f"{iteration}/{self.config.max_iters}  {said}")
-        if iteration and losses["val_loss"] < self.progress.best_loss:
-            self.progress.best_loss, self.progress.best_iteration = losses["val_loss"], iteration
-            save_weights(self.best, self.trainer.model)
-
-    def save(self) -> None:
-        start = time.monotonic()
-        self.progress.seconds = start - self.begun
-        save_state(self.state, self.trainer, self.progress, self.identity)
-        self.saved_at, self.save_cost = time.monotonic(), time.monotonic() - start
-        self.mark, self.mark_iteration = self.saved_at, self.progress.iteration
-
-    def save_is_late(self) -> bool:
-        """Whether the last save is a minute old, or so old that saving stays below a twentieth of the time."""
-        return time.monotonic() - self.saved_at > max(60.0, 20 * self.save_cost)
-
-    def _write(self, facts: Mapping[str, float], loss: float) -> None:
-        """Append a line to the log; raises `UserError` if the loss is not finite."""
-        iteration, config = self.progress.iteration, self.config
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at update {iteration}: lower learning_rate (now {config.learning_rate:g}), "
-                f"raise warmup_iters (now {config.warmup_iters}) or set grad_clip (now {config.grad_clip:g})"
-            )
-        line = {"iteration": iteration, "tokens": iteration * config.tokens_per_iteration}
-        with (self.folder / LOG).open("a") as log:
-            log.write(json.dumps({**line, "seconds": time.monotonic() - self.begun, **facts}) + "\n")
-
-
-def fit(trainer: Trainer, folder: Path, identity: Mapping[str, Any], stop_at: int | None = None) -> Progress:
-    """Train to `max_iters`, going on from `folder`'s state if it has one; the model ends with the weights to keep.
-
-    Every `eval_interval` updates: evaluate, keep the best weights, save the state. Raises `Interrupted` once the state
-    is saved after Ctrl-C, SIGTERM or, for tests, after update `stop_at`; `UserError` if the loss is not finite.
-    """
-    config, run = trainer.config, Run(trainer, folder, identity)
-    progress = run.progress
-    with stop_requests() as asked:
-        try:
-            if not run.resumed:
-                run.evaluate()
-            while progress.iteration < config.max_iters:
-                loss, norm = trainer.update(progress.iteration)
-                progress.iteration += 1
-                if progress.iteration % config.log_interval == 0:
-                    run.log(loss, norm)
-                due = progress.iteration % config.eval_interval == 0 or progress.iteration == config.max_iters
-                stop = asked() or progress.iteration == stop_at
-                if due:
-                    run.evaluate()
-                if due or stop or run.save_is_late():
-                    run.save()
-                if stop and progress.iteration < config.max_iters:
-                    raise Interrupted(
-                        f"training is saved after update {progress.iteration} of {config.max_iters} in {folder}; "
-                        "start the same command again to go on"
-                    )
-        finally:
-            run.display.close()
-    if not config.always_save_checkpoint:
-        load_weights(run.best, trainer.model)
-    return progress
-
-
-# --- from text to folder ---------------------------------------------------------------------------------------------
+    from transformers import PreTrainedTokenizerBase
 
 
 def train_lm(
@@ -561,13 +130,10 @@ def token_streams(
 
 def device_for(config: TrainConfig) -> torch.device:
     """The device asked for; raises `UserError` if this machine has none such."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if config.device == "auto":
-        return torch.device(next(name for name, found in there.items() if found))
-    device = torch.device(config.device)
-    if not there[device.type] or (device.index or 0) >= max(1, torch.cuda.device_count()):
-        raise UserError(f"device = {config.device!r} is not on this machine: set device=auto or device=cpu")
-    return device
+    try:
+        return torch.device(pick_device(config.device))
+    except UserError:
+        raise UserError(f"device = {config.device!r} is not on this machine: set device=auto or device=cpu") from None
 
 
 def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -577,11 +143,7 @@ def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
     """
     if config.dtype != "auto":
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        quick = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        units = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        quick = device.type == "cpu" and config.n_embd >= 96 and units()
+    quick = has_bf16(device) and (device.type != "cpu" or config.n_embd >= 96)
     return torch.bfloat16 if quick else torch.float32
 
 

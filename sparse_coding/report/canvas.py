@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 INK, MUTED, RULE, PAPER, BLANK = "#1b2430", "#66707d", "#d9dee5", "#ffffff", "#e9ecf1"
 ACCENT, WARN = "#d1495b", "#e08e0b"
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--card", BLANK: "--blank"}
-MARKERS = "osD^vPX*<>"
+MARKERS = "osD^v<>ph"
+DASHES = ("-", "--", ":", "-.")
 
 RC: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 CELL, ROW, GAP = 0.47, 0.34, 0.16
 """Inches: width of a cell, its height, and the space between parts."""
+LEAST_WIDTH = 3.2
+"""Inches: so that a title fits above a map of few columns."""
 MOST_PRINTED = 24
 """Values are printed in the cells of maps of up to this many columns."""
 
@@ -77,10 +79,10 @@ def heat_map(title: str, grid: Grid, scale: Scale, strip: Mapping[str, Any] | No
     controls = {name: _column(values, grid) for name, values in (strip or {}).items()}
     controls = {name: column for name, column in controls.items() if np.isfinite(column).any()}
     left, bottom, top, bar_room = 0.85, 0.9, 0.42, 1.95
-    width, height = columns * CELL, max(rows * ROW, 1.6)
+    width, height = max(columns * CELL, LEAST_WIDTH), max(rows * ROW, 1.6)
     strip_width = len(controls) * CELL + (GAP if controls else 0)
     figure = canvas(left + width + strip_width + GAP + bar_room, bottom + height + top)
-    norm = scale.norm(scale.shade(np.concatenate([grid.values.ravel(), *controls.values()])))
+    norm = scale.norm(scale.shade(grid.values))  # of the map alone: an exact control must not stretch the colours
     main = place(figure, left, bottom, width, height)
     _cells(main, grid.values, scale, norm)
     _ticks(main, grid)
@@ -124,7 +126,7 @@ def _column(values: Any, grid: Grid) -> np.ndarray:
 
 
 def cell_text(value: float) -> str:
-    """A value short enough for a cell: two decimals below 10, no leading zero, k and M above 1000."""
+    """A value short enough for a cell: two digits, no leading zero, k and M from 1000, ~0 for what is nearly zero."""
     if not math.isfinite(value):
         return ""
     size = abs(value)
@@ -140,6 +142,8 @@ def cell_text(value: float) -> str:
         return f"{value:.1f}"
     if size >= 0.00995:
         return f"{value:.2f}".replace("0.", ".", 1)
+    if size < 5e-6:
+        return "~0"
     mantissa, exponent = f"{value:.0e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
@@ -232,9 +236,9 @@ def _bar_ticks(low: float, high: float, log: bool) -> list[float]:
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     ticks: list[float] = []
-    slack = 1e-6 * (high - low)
+    slack_low, slack_high = (low * 1e-6, high * 1e-6) if log else [1e-6 * (high - low)] * 2
     for locator in [LogLocator(), LogLocator(subs=(1, 3))] if log else [MaxNLocator(5)]:
-        ticks = [float(tick) for tick in locator.tick_values(low, high) if low - slack <= tick <= high + slack]
+        ticks = [float(tick) for tick in locator.tick_values(low, high) if low - slack_low <= tick <= high + slack_high]
         if len(ticks) >= 3:
             break
     return ticks if len(ticks) >= 2 else [low, math.sqrt(low * high) if log else (low + high) / 2, high]

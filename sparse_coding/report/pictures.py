@@ -12,6 +12,7 @@ import numpy as np
 
 from sparse_coding.report.canvas import (
     ACCENT,
+    DASHES,
     INK,
     MARKERS,
     MUTED,
@@ -42,6 +43,10 @@ class Curve:
     low: Sequence[float] = ()
     """Lower and upper end of the spread around `y`, where it is known."""
     high: Sequence[float] = ()
+    size: str = ""
+    """Curves of one size share a colour and a marker where a family draws several; by default the name."""
+    family: int = 0
+    """Curves of one family share a line style."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,13 @@ def frontier(panels: Sequence[Panel], x_label: str, legend_title: str) -> Figure
         axes.set_xscale("log")
         axes.grid(True)
         labels: list[tuple[float, float, str]] = []
-        for curve, colour, marker in zip(panel.curves, sequence(len(panel.curves)), cycle(MARKERS), strict=False):
-            (line,) = axes.plot(curve.x, curve.y, color=colour, marker=marker, markersize=4.5, markeredgecolor=PAPER,
-                                markeredgewidth=0.5)  # fmt: skip
+        sizes = list(dict.fromkeys(curve.size or curve.name for curve in panel.curves))
+        looks = dict(zip(sizes, zip(sequence(len(sizes)), cycle(MARKERS), strict=False), strict=True))
+        for curve in panel.curves:
+            colour, marker = looks[curve.size or curve.name]
+            dashes = DASHES[curve.family % len(DASHES)]
+            (line,) = axes.plot(curve.x, curve.y, dashes, color=colour, marker=marker, markersize=4.5,
+                                markeredgecolor=PAPER, markeredgewidth=0.5)  # fmt: skip
             names.setdefault(curve.name, line)
             labels += zip(curve.x, curve.y, curve.labels, strict=False)
         for curve in panel.points:

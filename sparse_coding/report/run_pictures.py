@@ -110,7 +110,7 @@ def frontiers(site: Site) -> list[Picture]:
 
 def _trade_off(site: Site, name: str, title: str, label: str) -> Panel:
     curves = []
-    for family, records in families(site.records).items():
+    for index, (family, records) in enumerate(families(site.records).items()):
         knobs, ratios, l0 = grid_matrix(records, "l0")
         values, words = grid_matrix(records, name)[2], labels(knobs)
         for row, size in enumerate(labels(ratios)):
@@ -118,7 +118,9 @@ def _trade_off(site: Site, name: str, title: str, label: str) -> Panel:
             if ok.any():
                 at = np.flatnonzero(ok)
                 name_ = f"{size} ({family})" if family else size
-                curves.append(Curve(name_, l0[row][at], values[row][at], [words[i] for i in at]))
+                curves.append(
+                    Curve(name_, l0[row][at], values[row][at], [words[i] for i in at], size=size, family=index)
+                )
     points = [point for key, found in site.baselines.items() if (point := _baseline(visible(str(key)), found, name))]
     bounds = (0.0, 1.05) if name == "fvu" else (-0.05, 1.02)
     return Panel(title, curves, label, points=points, y_low=bounds[0], y_high=bounds[1])

@@ -175,8 +175,10 @@ def _dead_words(study: Study, published: bool = False) -> str:
     expected = number(study.controls.get("expected_dead_published" if published else "expected_dead"))
     if math.isnan(expected):
         return "Some rare features may not occur in the evaluation at all, so a few dead latents are expected."
+    if expected < 0.5:
+        return "Every true feature should occur in the samples counted, so a dead latent stands for nothing."
     return (
-        f"About {expected:.3g} true features never occur in the samples counted, so that many dead latents are expected "
+        f"About {expected:.3g} true features never occur in the samples counted: that many dead latents are expected "
         "even of a perfect one-to-one dictionary."
     )
 
@@ -217,7 +219,7 @@ def _mse(study: Study) -> Picture:
     exponent = math.floor(math.log10(largest)) if (largest := float(finite.max())) > 0 else 0
     scale = Scale("MSE", None if log else 0.0, high, log=log, marks=marks, unit=10.0**exponent)
     figure = heat_map(
-        f"Reconstruction error (numbers in units of 1e{exponent})",
+        f"Reconstruction error, in 1e{exponent}",
         grid,
         scale,
         strip=study.baselines("mse"),

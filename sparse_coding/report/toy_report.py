@@ -35,8 +35,8 @@ PUBLISHED_CLIP = 100.0
 def write_toy_report(folder: Path) -> Path:
     """Draw `report.html` and `pictures/*.png` from the data files of a finished toy run; returns the page's path.
 
-    Dead latents are drawn as counts with the colours clipped, as published, where settings.json says "published_metrics"
-    (or "clip_dead" with the number to clip at), else as fractions only; the data files are never clipped.
+    Dead latents are drawn as counts too, with the colours clipped as published, where settings.json says
+    "published_metrics" (or "clip_dead", the number to clip at); the data files are never clipped.
     Nothing is measured here, so a report can be redrawn at any time and comes out the same. Raises UserError where a
     data file is missing, empty or damaged.
     """
@@ -48,7 +48,7 @@ def write_toy_report(folder: Path) -> Path:
     parts = groups(run.records, "architecture", "lr")
     for (architecture, lr), records in parts.items():
         name = "" if len(parts) == 1 else f"{architecture}, learning rate {short(number(lr))}"
-        prefix = "" if len(parts) == 1 else re.sub(r"[^A-Za-z0-9.]+", "_", f"{architecture}-lr_{lr}-")
+        prefix = "" if len(parts) == 1 else re.sub(r"[^A-Za-z0-9._-]+", "_", f"{architecture}-lr_{lr}-")
         study = Study(records, controls, folder / "pictures", prefix, None if math.isnan(clip) else clip)
         sections += _sections(study, name)
     best = _best(run.records)

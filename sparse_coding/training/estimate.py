@@ -35,12 +35,22 @@ class Estimate:
         )
 
 
-def estimate(members: Sequence[Member], stream: Stream, steps: int, precision: Precision, device: str) -> Estimate:
-    """Time one step of each distinct kind of stack, and one batch of the stream."""
+def estimate(
+    members: Sequence[Member],
+    stream: Stream,
+    steps: int,
+    precision: Precision,
+    device: str,
+    hidden_seconds: float = 0.0,
+) -> Estimate:
+    """Time one step of each distinct kind of stack, and one batch of the stream.
+
+    `hidden_seconds` per batch are what a stream spends now and then and a few batches do not show, such as capturing.
+    """
     dtype = products_dtype(precision, device)
     batch, stream_seconds = stream.batch(0), _seconds(lambda step: stream.batch(step), device, first=1)
     timed: dict[tuple, float] = {}
-    per_step = stream_seconds
+    per_step = stream_seconds + hidden_seconds
     for group in split_into_stacks(members, stream.batch_size):
         chosen = [members[index] for index in group]
         shape = (chosen[0].architecture, chosen[0].site, chosen[0].settings.d_sae, len(chosen))

@@ -93,6 +93,11 @@ class RunFolder:
             kept = [record for record in read_lines(path) if record["step"] <= step]
             self.write_lines("log.jsonl", kept)
 
+    def finish(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write the results; the checkpoints have served and go."""
+        self.write_lines("results.jsonl", records)
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
     @property
     def finished(self) -> bool:
         return (self.path / "results.jsonl").exists()

@@ -40,16 +40,15 @@ class WandbMirror:
                     values |= {f"{name}/{key}": value for name, value in named if value is not None}
                 self.run.log(values, step=record["step"])
 
-    def finish(self, records: Sequence[Mapping[str, Any]], pictures: Sequence[Path]) -> None:
-        """The results table and the pictures."""
+    def finish(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """The results as a table."""
         with self._tolerated():
             if self.run is not None:
                 import wandb
 
                 columns = ["name", *dict.fromkeys(key for r in records for key, v in r["metrics"].items() if _plain(v))]
-                rows = [[r["name"], *(r["metrics"].get(key) for key in columns[1:])] for r in records]
+                rows: Any = [[r["name"], *(r["metrics"].get(key) for key in columns[1:])] for r in records]
                 self.run.log({"results": wandb.Table(columns=columns, data=rows)})
-                self.run.log({f"pictures/{path.stem}": wandb.Image(str(path)) for path in pictures})
                 self.run.finish()
 
     def _tolerated(self) -> _Tolerated:

@@ -131,6 +131,12 @@ def test_rows_of_all_contexts_of_a_block_are_mixed(model):
     assert len({row % LENGTH for row in found}) >= 9
 
 
+def test_a_text_of_one_block_comes_in_another_order_every_epoch(model):
+    stream = stream_of(model, contexts_of(), batch_size=120, buffer_rows=120)
+    first, second = stream.batch(0)[SITES[0]], stream.batch(1)[SITES[0]]
+    assert origins(first, second) != list(range(120))
+
+
 def test_in_order_each_block_is_captured_once_and_only_one_is_held(model, monkeypatch):
     captured: list[list[int]] = []
     original = module.rows
@@ -148,6 +154,10 @@ def test_in_order_each_block_is_captured_once_and_only_one_is_held(model, monkey
     assert {len(block) for block in captured} == {3, 4}
     stream.batch(stream.n_batches - 1)
     assert len(captured) == 3, "a batch within the block at hand costs nothing"
+    for step in range(stream.n_batches, 2 * stream.n_batches):
+        stream.batch(step)
+    first, second = ({tuple(block) for block in blocks} for blocks in (captured[:3], captured[3:]))
+    assert not first & second, "each epoch puts other contexts together"
 
 
 def test_rows_are_served_in_the_dtype_asked_for_and_held_in_that_of_the_model():

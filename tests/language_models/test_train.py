@@ -15,7 +15,7 @@ import torch
 
 from sparse_coding.activations.text import TextSettings
 from sparse_coding.errors import Interrupted, UserError
-from sparse_coding.language_models import card, train
+from sparse_coding.language_models import card, gpt, loop, train, training_state
 from sparse_coding.language_models.config_file import TrainConfig, load_config
 from sparse_coding.language_models.ngrams import baselines
 
@@ -51,10 +51,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def trainer(config: TrainConfig = TINY, held_out=None) -> train.Trainer:
+def trainer(config: TrainConfig = TINY, held_out=None) -> gpt.Trainer:
     tokens = np.tile(PERIOD, 40).astype(np.uint16)
     held_out = tokens[:240] if held_out is None else held_out
-    return train.Trainer(config, train.build(config, VOCAB), tokens, held_out, CPU, train.precision(config, CPU))
+    return gpt.Trainer(config, gpt.build(config, VOCAB), tokens, held_out, CPU, train.precision(config, CPU))
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -63,7 +63,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 def log_of(folder: Path) -> list[dict]:
     """The log without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / train.LOG).read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / training_state.LOG).read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
@@ -73,19 +73,19 @@ def same(first: dict, second: dict) -> bool:
 
 def test_schedule_by_hand():
     config = dataclasses.replace(TINY, learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=12, max_iters=20)
-    rates = [train.learning_rate(config, i) for i in (0, 3, 4, 6, 8, 12, 19)]
+    rates = [gpt.learning_rate(config, i) for i in (0, 3, 4, 6, 8, 12, 19)]
     a_quarter_down = 0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5))
     assert rates == pytest.approx([0.2, 0.8, 1.0, a_quarter_down, 0.55, 0.1, 0.1], abs=1e-12)
-    assert train.learning_rate(dataclasses.replace(config, lr_decay_iters=0), 12) == pytest.approx(0.55)
-    assert train.learning_rate(dataclasses.replace(config, decay_lr=False), 0) == 1.0
+    assert gpt.learning_rate(dataclasses.replace(config, lr_decay_iters=0), 12) == pytest.approx(0.55)
+    assert gpt.learning_rate(dataclasses.replace(config, decay_lr=False), 0) == 1.0
     no_cosine = dataclasses.replace(config, warmup_iters=4, lr_decay_iters=4)
-    assert [train.learning_rate(no_cosine, i) for i in (3, 4)] == pytest.approx([0.8, 0.1])
+    assert [gpt.learning_rate(no_cosine, i) for i in (3, 4)] == pytest.approx([0.8, 0.1])
 
 
 def test_the_model_is_gpt2_with_nanogpts_initial_weights():
     config = dataclasses.replace(TINY, n_embd=64, n_layer=8, block_size=256, dropout=0.25)
     state = torch.random.get_rng_state()
-    model = train.build(config, 500)
+    model = gpt.build(config, 500)
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator was touched"
     assert (model.config.activation_function, model.config.layer_norm_epsilon) == ("gelu", 1e-5)
     assert model.config.n_positions == 256
@@ -99,15 +99,15 @@ def test_the_model_is_gpt2_with_nanogpts_initial_weights():
         else:
             expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02  # sqrt(2 * 8 layers) = 4
             assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
-    assert same(weights(model), weights(train.build(config, 500)))
-    assert not same(weights(model), weights(train.build(dataclasses.replace(config, seed=1), 500)))
+    assert same(weights(model), weights(gpt.build(config, 500)))
+    assert not same(weights(model), weights(gpt.build(dataclasses.replace(config, seed=1), 500)))
 
 
 def test_one_update_is_clipped_adamw_with_decay_on_matrices_only():
     config = dataclasses.replace(TINY, weight_decay=0.5, grad_clip=0.01)
     made = trainer(config)
-    model = train.build(config, VOCAB)
-    windows = train.windows_at(made.tokens, config, train.derive(config.seed, "batch", 0), config.batch_size, CPU)
+    model = gpt.build(config, VOCAB)
+    windows = gpt.windows_at(made.tokens, config, gpt.derive(config.seed, "batch", 0), config.batch_size, CPU)
     logits = model(windows[:, :-1]).logits
     expected_loss = -logits.log_softmax(-1).gather(-1, windows[:, 1:, None]).mean()
     expected_loss.backward()
@@ -151,11 +151,11 @@ def test_without_bias_every_bias_is_exactly_zero_after_training_and_with_it_they
 def test_the_loss_falls_below_counting_single_tokens_and_pairs():
     made = trainer(dataclasses.replace(TINY, max_iters=120, batch_size=16))
     counted = baselines(made.tokens, made.held_out, VOCAB)
-    before = train.held_out_loss(made.model, made.held_out)
+    before = gpt.held_out_loss(made.model, made.held_out)
     assert before == pytest.approx(math.log(VOCAB), abs=0.1)
     for i in range(120):
         made.update(i)
-    after = train.held_out_loss(made.model, made.held_out)
+    after = gpt.held_out_loss(made.model, made.held_out)
     assert after < counted.bigram - 0.1 < counted.unigram - 1.0
 
 
@@ -165,7 +165,7 @@ def test_held_out_loss_scores_every_token_but_the_first_once(length):
     for i in range(3):
         made.update(i)
     tokens = np.tile(PERIOD, 2)[:length]
-    found = train.held_out_loss(made.model, tokens, batch_size=2)
+    found = gpt.held_out_loss(made.model, tokens, batch_size=2)
     assert made.model.training
     made.model.eval()
     total = 0.0
@@ -190,15 +190,15 @@ def test_dropout_is_on_differs_between_updates_and_leaves_the_global_generator_a
     rows = torch.from_numpy(np.tile(PERIOD, 3)[None, :9])
     losses = set()
     for seed in (1, 2):
-        with train.dropout_from(seed, CPU):
-            losses.add(train.cross_entropy(first.model, rows).item())
+        with gpt.dropout_from(seed, CPU):
+            losses.add(gpt.cross_entropy(first.model, rows).item())
     assert len(losses) == 2
 
 
 def test_every_forward_pass_has_dropout_of_its_own(monkeypatch):
     seeds = []
-    dropout_from = train.dropout_from
-    monkeypatch.setattr(train, "dropout_from", lambda seed, device: (seeds.append(seed), dropout_from(seed, device))[1])
+    dropout_from = gpt.dropout_from
+    monkeypatch.setattr(gpt, "dropout_from", lambda seed, device: (seeds.append(seed), dropout_from(seed, device))[1])
     made = trainer(dataclasses.replace(TINY, dropout=0.1, batch_size=4, gradient_accumulation_steps=2))
     for i in range(3):
         made.update(i)
@@ -207,9 +207,9 @@ def test_every_forward_pass_has_dropout_of_its_own(monkeypatch):
 
 def test_batches_are_functions_of_the_seed_inside_the_text():
     tokens = np.arange(20)
-    one = train.windows_at(tokens, TINY, 5, 500, CPU)
-    assert torch.equal(one, train.windows_at(tokens, TINY, 5, 500, CPU))
-    assert not torch.equal(one, train.windows_at(tokens, TINY, 6, 500, CPU))
+    one = gpt.windows_at(tokens, TINY, 5, 500, CPU)
+    assert torch.equal(one, gpt.windows_at(tokens, TINY, 5, 500, CPU))
+    assert not torch.equal(one, gpt.windows_at(tokens, TINY, 6, 500, CPU))
     assert (one == one[:, :1] + torch.arange(9)).all()
     assert set(one[:, 0].tolist()) == set(range(12)), "every window that fits is drawn: 0 to 20 - 8 - 1"
 
@@ -218,15 +218,15 @@ def test_batches_are_functions_of_the_seed_inside_the_text():
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, stop_at):
     config = dataclasses.replace(TINY, dropout=0.2, bias=False, gradient_accumulation_steps=2)
     whole = trainer(config)
-    done = train.fit(whole, tmp_path / "whole", IDENTITY)
+    done = loop.fit(whole, tmp_path / "whole", IDENTITY)
 
     with pytest.raises(Interrupted, match=f"saved after update {stop_at} of 20 .*same command"):
-        train.fit(trainer(config), tmp_path / "parts", IDENTITY, stop_at=stop_at)
-    with (tmp_path / "parts" / train.LOG).open("a") as log:  # a killed run logs past its last state
+        loop.fit(trainer(config), tmp_path / "parts", IDENTITY, stop_at=stop_at)
+    with (tmp_path / "parts" / training_state.LOG).open("a") as log:  # a killed run logs past its last state
         log.write('{"iteration": 999, "loss": 1.0}\n{"iteration": 99')
     parts = trainer(dataclasses.replace(config, seed=config.seed))
     torch.manual_seed(stop_at)
-    resumed = train.fit(parts, tmp_path / "parts", IDENTITY)
+    resumed = loop.fit(parts, tmp_path / "parts", IDENTITY)
 
     assert same(weights(parts.model), weights(whole.model))
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
@@ -238,10 +238,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, stop_at):
 
 def test_a_run_stopped_at_its_last_update_only_needs_finishing(tmp_path):
     first = trainer()
-    train.fit(first, tmp_path, IDENTITY)
+    loop.fit(first, tmp_path, IDENTITY)
     lines = log_of(tmp_path)
     again = trainer()
-    progress = train.fit(again, tmp_path, IDENTITY)
+    progress = loop.fit(again, tmp_path, IDENTITY)
     assert progress.iteration == 20
     assert same(weights(again.model), weights(first.model))
     assert log_of(tmp_path) == lines
@@ -249,9 +249,9 @@ def test_a_run_stopped_at_its_last_update_only_needs_finishing(tmp_path):
 
 def test_sigterm_and_ctrl_c_save_the_state_and_say_how_to_go_on(tmp_path, monkeypatch):
     whole = trainer()
-    train.fit(whole, tmp_path / "whole", IDENTITY)
+    loop.fit(whole, tmp_path / "whole", IDENTITY)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    update = train.Trainer.update
+    update = gpt.Trainer.update
     for at, number in ((3, signal.SIGTERM), (6, signal.SIGINT)):
 
         def interrupted(self, iteration, at=at, number=number):
@@ -259,33 +259,33 @@ def test_sigterm_and_ctrl_c_save_the_state_and_say_how_to_go_on(tmp_path, monkey
                 os.kill(os.getpid(), number)
             return update(self, iteration)
 
-        monkeypatch.setattr(train.Trainer, "update", interrupted)
+        monkeypatch.setattr(gpt.Trainer, "update", interrupted)
         with pytest.raises(Interrupted, match=f"after update {at + 1} of 20"):
-            train.fit(trainer(), tmp_path / "parts", IDENTITY)
+            loop.fit(trainer(), tmp_path / "parts", IDENTITY)
     monkeypatch.undo()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     parts = trainer()
-    train.fit(parts, tmp_path / "parts", IDENTITY)
+    loop.fit(parts, tmp_path / "parts", IDENTITY)
     assert same(weights(parts.model), weights(whole.model))
 
 
 def test_the_state_is_saved_by_the_clock_too_so_that_a_kill_costs_little(tmp_path, monkeypatch):
     whole = trainer()
-    train.fit(whole, tmp_path / "whole", IDENTITY)
-    update = train.Trainer.update
+    loop.fit(whole, tmp_path / "whole", IDENTITY)
+    update = gpt.Trainer.update
 
     def killed(self, iteration):
         if iteration == 6:  # before the first evaluation at 8
             raise RuntimeError("killed")
         return update(self, iteration)
 
-    monkeypatch.setattr(train.Trainer, "update", killed)
-    monkeypatch.setattr(train.Run, "save_is_late", lambda self: self.progress.iteration % 5 == 0)
+    monkeypatch.setattr(gpt.Trainer, "update", killed)
+    monkeypatch.setattr(loop.Run, "save_is_late", lambda self: self.progress.iteration % 5 == 0)
     with pytest.raises(RuntimeError, match="killed"):
-        train.fit(trainer(), tmp_path / "parts", IDENTITY)
+        loop.fit(trainer(), tmp_path / "parts", IDENTITY)
     monkeypatch.undo()
     assert [line["iteration"] for line in log_of(tmp_path / "parts")] == [0, 1, 2, 3, 4, 5, 6]
-    run = train.Run(trainer(), tmp_path / "parts", IDENTITY)
+    run = loop.Run(trainer(), tmp_path / "parts", IDENTITY)
     assert run.progress.iteration == 5
     assert not run.save_is_late()
     run.saved_at -= 61
@@ -293,25 +293,25 @@ def test_the_state_is_saved_by_the_clock_too_so_that_a_kill_costs_little(tmp_pat
     run.save_cost = 4.0
     assert not run.save_is_late()
     parts = trainer()
-    train.fit(parts, tmp_path / "parts", IDENTITY)
+    loop.fit(parts, tmp_path / "parts", IDENTITY)
     assert same(weights(parts.model), weights(whole.model))
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
 
 
 def test_another_config_or_text_does_not_go_on_from_a_state(tmp_path):
     with pytest.raises(Interrupted):
-        train.fit(trainer(), tmp_path, IDENTITY, stop_at=2)
+        loop.fit(trainer(), tmp_path, IDENTITY, stop_at=2)
     other = {**IDENTITY, "batch_size": 4}
     with pytest.raises(UserError, match=r"other settings \(batch_size was 8, now 4\): .*another --out"):
-        train.fit(trainer(), tmp_path, other)
+        loop.fit(trainer(), tmp_path, other)
     with pytest.raises(UserError, match="text was 'a hash', now 'another'"):
-        train.fit(trainer(), tmp_path, {**IDENTITY, "text": "another"})
+        loop.fit(trainer(), tmp_path, {**IDENTITY, "text": "another"})
 
 
 def test_the_best_weights_are_kept_unless_the_last_are_asked_for(tmp_path):
     backwards = np.tile(PERIOD[::-1], 20)  # the more is learnt, the worse it fits
     made = {last: trainer(dataclasses.replace(TINY, always_save_checkpoint=last), backwards) for last in (False, True)}
-    progress = {last: train.fit(made[last], tmp_path / str(last), IDENTITY) for last in made}
+    progress = {last: loop.fit(made[last], tmp_path / str(last), IDENTITY) for last in made}
     evaluations = {line["iteration"]: line["val_loss"] for line in log_of(tmp_path / "True") if "val_loss" in line}
     assert list(evaluations) == [0, 8, 16, 20]
     assert progress[False].best_iteration == min((8, 16, 20), key=lambda i: evaluations[i]) < 20
@@ -326,17 +326,17 @@ def test_evaluating_and_logging_more_often_changes_nothing(tmp_path):
     seldom = dataclasses.replace(often, eval_interval=100, log_interval=7)
     made = [trainer(often), trainer(seldom)]
     for one, name in zip(made, ("often", "seldom"), strict=True):
-        train.fit(one, tmp_path / name, IDENTITY)
+        loop.fit(one, tmp_path / name, IDENTITY)
     assert same(weights(made[0].model), weights(made[1].model))
     assert [line["iteration"] for line in log_of(tmp_path / "seldom")] == [0, 7, 14, 20]
     line = log_of(tmp_path / "seldom")[1]
-    assert (line["tokens"], line["lr"]) == (7 * 8 * 8, train.learning_rate(seldom, 6))
+    assert (line["tokens"], line["lr"]) == (7 * 8 * 8, gpt.learning_rate(seldom, 6))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path):
     wild = dataclasses.replace(TINY, learning_rate=1e30, min_lr=1e30, warmup_iters=0, grad_clip=0.0)
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at update \d+: lower learning_rate \(now 1e\+30\)"):
-        train.fit(trainer(wild), tmp_path, IDENTITY)
+        loop.fit(trainer(wild), tmp_path, IDENTITY)
 
 
 def test_bfloat16_products_learn_the_same_and_keep_float32_weights():
@@ -346,7 +346,7 @@ def test_bfloat16_products_learn_the_same_and_keep_float32_weights():
         exact.update(i)
         quick.update(i)
     assert {value.dtype for value in weights(quick.model).values()} == {torch.float32}
-    losses = [train.held_out_loss(made.model, made.held_out) for made in (exact, quick)]
+    losses = [gpt.held_out_loss(made.model, made.held_out) for made in (exact, quick)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
@@ -404,8 +404,8 @@ def test_a_config_and_a_text_become_a_hugging_face_folder(tmp_path, text, config
     assert "note: compile = True has no effect" in capsys.readouterr().out
 
     files = {path.name for path in out.iterdir()}
-    assert files >= {"config.json", "model.safetensors", "tokenizer.json", "README.md", card.FACTS, train.LOG}
-    assert train.STATE not in files
+    assert files >= {"config.json", "model.safetensors", "tokenizer.json", "README.md", card.FACTS, training_state.LOG}
+    assert training_state.STATE not in files
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert model.config.n_layer == 1
@@ -480,14 +480,14 @@ def test_a_stopped_command_goes_on_and_ends_where_an_unstopped_one_does(
         return [str(config_path), "--text", text.source, "--out", str(tmp_path / out), *settings]
 
     train.main(command("whole"))
-    update = train.Trainer.update
+    update = gpt.Trainer.update
 
     def stopped(self, iteration):
         if iteration == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return update(self, iteration)
 
-    monkeypatch.setattr(train.Trainer, "update", stopped)
+    monkeypatch.setattr(gpt.Trainer, "update", stopped)
     with pytest.raises(SystemExit) as stop:
         train.main(command("parts"))
     assert stop.value.code == 130
@@ -570,4 +570,4 @@ def test_the_bundled_model_predicts_prose_about_python_as_its_card_promises():
     assert len(tokenizer) == model.config.vocab_size == facts.vocab_size
     tokens = np.array(tokenizer(PROSE)["input_ids"])
     assert tokenizer.decode(tokens.tolist()) == PROSE
-    assert train.held_out_loss(model, tokens) < facts.validation_loss + 0.5
+    assert gpt.held_out_loss(model, tokens) < facts.validation_loss + 0.5

@@ -1,0 +1,107 @@
+"""What a run keeps on disk so that it goes on to the same bits: weights, AdamW's moments, its place, its log."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparse_coding.errors import UserError
+from sparse_coding.files import write_tensors, write_text
+from sparse_coding.language_models.gpt import Trainer
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+LOG = "train_log.jsonl"  # in the folder of the run
+STATE = "training_state"  # its folder for what an unfinished run needs
+
+
+@dataclass
+class Progress:
+    """Where a run stands; together with the weights and AdamW's moments it is the whole state."""
+
+    iteration: int = 0  # updates made
+    seconds: float = 0.0  # of training, over all starts
+    best_loss: float = math.inf
+    best_iteration: int = 0
+
+
+def save_weights(path: Path, model: GPT2LMHeadModel) -> None:
+    write_tensors(path, dict(model.named_parameters()))
+
+
+def load_weights(path: Path, model: GPT2LMHeadModel) -> None:
+    from safetensors.torch import load_file
+
+    weights = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def save_state(path: Path, trainer: Trainer, progress: Progress, identity: Mapping[str, Any]) -> None:
+    """One safetensors file: weights and moments by parameter name, everything else as JSON in its header.
+
+    One file, so that the tensors and the JSON can never be of different updates.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, parameter in trainer.model.named_parameters():
+        tensors[f"weight/{name}"] = parameter.detach().contiguous()
+        for key, value in trainer.optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = value.contiguous()
+    header = {"progress": json.dumps(dataclasses.asdict(progress)), "identity": json.dumps(identity)}
+    beside = path.with_name(f".{path.name}.part")
+    save_file(tensors, beside, metadata=header)
+    with beside.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def load_state(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -> Progress:
+    """Put a saved state into `trainer`; raises `UserError` if it belongs to other settings or another text."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        refuse_other_run(path.parent.parent, json.loads(header["identity"]), identity)
+        saved: dict[str, dict[str, Tensor]] = {}
+        for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            kind, _, name = key.partition("/")
+            saved.setdefault(name, {})[kind] = file.get_tensor(key)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            parameter.copy_(saved[name].pop("weight"))
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    order = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    moments = {i: saved[names[parameter]] for i, parameter in enumerate(order) if saved[names[parameter]]}
+    trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": moments})
+    return Progress(**json.loads(header["progress"]))
+
+
+def refuse_other_run(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """`UserError` naming what differs when `folder` holds a run with other settings or another text."""
+    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    changed = [f"{key} was {there.get(key)!r}, now {here.get(key)!r}" for key in differing]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with other settings ({'; '.join(changed)}): "
+            "start it with those, choose another --out, or delete the folder"
+        )
+
+
+def keep_log_until(path: Path, iteration: int) -> None:
+    """Drop the lines past `iteration`: a killed run wrote them, the resumed run will write them again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    whole = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= iteration]
+    write_text(path, "".join(f"{line}\n" for line in whole))
