@@ -230,7 +230,8 @@ def _mse(study: Study) -> Picture:
         "always win here, which is why a low error alone says nothing about the features; the flat plateau at strong "
         "penalties is the mean square of the data, the error of a dictionary that outputs zero."
     )
-    return study.picture("mse", "Reconstruction error", figure, caption, blanks(grid.values))
+    note = f"Controls outside the range of the map have its end colours. {blanks(grid.values)}".strip()
+    return study.picture("mse", "Reconstruction error", figure, caption, note)
 
 
 def _next_larger(study: Study) -> Picture:
