@@ -1,17 +1,21 @@
 """The 2023 toy grid on this machine: our sweep against a sequential loop that does, per step, what the original did.
 
-    python benchmarks/toy_grid.py                about 4 minutes on 2 CPU cores; writes benchmarks/results/toy_grid.*
+    python benchmarks/toy_grid.py                under a minute on 2 CPU cores; writes benchmarks/results/toy_grid.*
 
-Both sides are timed in slices (a few steps of every size, interleaved, medians) and multiplied up to the whole grid:
+Both sides are timed in slices (a few steps of every size, in turn, medians) and multiplied up to the whole grid:
 17 L1 values x 9 sizes x 20,000 steps of 256 samples. The sequential side is written from the description of the frozen
-2023 script, not from its code: fp32, one dictionary at a time, torch.nn layers under autograd, decoder columns
-normalised in every forward pass, torch.optim.Adam at its defaults, and data generated densely for every step.
+2023 script, not from its code, and runs in a process of its own: fp32, one dictionary at a time, torch.nn layers under
+autograd, decoder columns normalised in every forward pass, torch.optim.Adam at its defaults, and data generated
+densely for every step of every dictionary.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -83,44 +87,87 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def their_side(n: int) -> Callable[[], dict[str, float]]:
+    """A round: one batch made, one step of one dictionary."""
+    data, model = DenseGenerator(), Sequential2023(n)
+    x = data.batch()
+    return lambda: {"their_data": seconds(data.batch), "their_step": seconds(lambda: model.step(x, 0.1))}
+
+
+def our_side(n: int) -> Callable[[], dict[str, float]]:
+    """A round: one batch made, one step of all 17 dictionaries."""
+    data, steps = WorldStream(World(preset("hoagy-2023-07")), BATCH), itertools.count()
+    sweep = grid(
+        "relu", {"synthetic": D_IN}, [n / D_IN], varied={"l1_coefficient": L1}, l1_scaling="toy-2023",
+        init="toy-2023", decoder_bias=False, remove_parallel_gradient=False,
+    )  # fmt: skip
+    dtype = products_dtype("auto", "cpu")
+    groups = split_into_stacks(sweep, BATCH)
+    stacks = [Stack([sweep[index] for index in group], OptimizerSettings(), "cpu", dtype) for group in groups]
+    x = data.batch(0)["synthetic"]
+
+    def step() -> None:
+        for stack in stacks:
+            stack.step(x, 1.0)
+
+    return lambda: {"our_data": seconds(lambda: data.batch(next(steps))), "our_steps": seconds(step)}
+
+
+SIDES = {"theirs": their_side, "ours": our_side}
+
+
+def work(side: str) -> None:
+    """A worker process: reads `n` to prepare a size and an empty line for a round, answers each with JSON."""
+    turn: Callable[[], dict[str, float]] = dict
+    for line in sys.stdin:
+        if line.strip():
+            turn = SIDES[side](int(line))
+            turn()
+        print(json.dumps({} if line.strip() else turn()), flush=True)
+
+
+class Worker:
+    """One side in a process of its own: what we tell the allocator and the thread pool must not help the other."""
+
+    def __init__(self, side: str):
+        ours = {"GOMP_SPINCOUNT": "20000"} if side == "ours" else {}  # what `import sparse_coding` sets before torch
+        command = [sys.executable, __file__, "--worker", side]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env={**os.environ, **ours})
+
+    def ask(self, line: str) -> dict[str, float]:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
 def slices(rounds: int) -> list[dict[str, float]]:
-    """Seconds per step and size, both sides in turn: one dictionary of theirs, all 17 of ours."""
-    theirs_data, ours_data = DenseGenerator(), WorldStream(World(preset("hoagy-2023-07")), BATCH)
+    """Median seconds per size, the two sides in turn."""
+    workers = [Worker(side) for side in SIDES]
     rows = []
     for ratio in RATIOS:
         n = round(FEATURES * ratio)
-        theirs = Sequential2023(n)
-        sweep = grid(
-            "relu", {"synthetic": D_IN}, [n / D_IN], varied={"l1_coefficient": L1}, l1_scaling="toy-2023",
-            init="toy-2023", decoder_bias=False, remove_parallel_gradient=False,
-        )  # fmt: skip
-        group = split_into_stacks(sweep, BATCH)
-        dtype = products_dtype("auto", "cpu")
-        # one stack stands for its likes: the other stacks of the size have the same shape
-        stack = Stack([sweep[index] for index in group[0]], OptimizerSettings(), "cpu", dtype)
-        ours_x, theirs_x = ours_data.batch(0)["synthetic"], theirs_data.batch()
-        per_round = []
-        for round_number in range(rounds + 1):
-            per_round.append(
-                {
-                    "their_data": seconds(theirs_data.batch),
-                    "their_step": seconds(lambda theirs=theirs, x=theirs_x: theirs.step(x, 0.1)),
-                    "our_data": seconds(lambda step=round_number: ours_data.batch(step)),
-                    "our_stack": seconds(lambda stack=stack, x=ours_x: stack.step(x, 1.0)),
-                }
-            )
-        found = {key: median(one[key] for one in per_round[1:]) for key in per_round[0]}
-        found["our_steps"] = found["our_stack"] * len(sweep) / len(group[0])
-        rows.append({"n": n, **found})
-        print(f"n = {n:>6}: one step of 17 dictionaries {17e3 * found['their_step']:8.1f} ms against "
-              f"{1e3 * found['our_steps']:7.1f} ms", flush=True)  # fmt: skip
+        for worker in workers:
+            worker.ask(str(n))
+        turns = [{key: value for worker in workers for key, value in worker.ask("").items()} for _ in range(rounds)]
+        row = {"n": n, **{key: median(turn[key] for turn in turns) for key in turns[0]}}
+        rows.append(row)
+        print(f"n = {n:>6}: a step of 17 dictionaries {17e3 * row['their_step']:8.1f} ms against "
+              f"{1e3 * row['our_steps']:7.1f} ms", flush=True)  # fmt: skip
+    for worker in workers:
+        worker.process.communicate("")
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--worker", choices=list(SIDES), help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.worker:
+        return work(flags.worker)
     rows = slices(flags.rounds)
     theirs = STEPS * sum(len(L1) * (row["their_step"] + row["their_data"]) for row in rows)
     ours = STEPS * (sum(row["our_steps"] for row in rows) + median(row["our_data"] for row in rows))
@@ -129,7 +176,7 @@ def main() -> None:
         "The 2023 toy grid (17 L1 values x 9 sizes x 20,000 steps of 256), extrapolated from steps of every size.",
         "",
         f"`python benchmarks/toy_grid.py`, {facts['date'][:10]}, torch {facts['versions']['torch']}, "
-        f"{facts['threads']} CPU threads, medians of {flags.rounds} interleaved rounds.",
+        f"{facts['threads']} CPU threads, medians of {flags.rounds} rounds, sides in turn, each in its own process.",
         "",
         "| latents | sequential, 17 steps (ms) | ours, 17 members (ms) | ratio |",
         "|---|---|---|---|",

@@ -1,9 +1,9 @@
-# The bundled model: a GPT of .66M parameters that knows Python's manual and standard library, trained on a CPU in minutes.
+# The bundled model: a GPT of .66M parameters that has read Python's manual and standard library, trained in minutes.
 #
 #     python -m sparse_coding train-lm nanogpt_configs/python_gpt.py --text python-docs --out outputs/python-gpt
 #
-# It exists so that everything runs offline and at once: large enough to leave counting far behind, small enough to be kept
-# with the code. Its MLPs are 4 * 96 = 384 wide.
+# It exists so that everything runs offline and at once: large enough to leave counting far behind, small enough to be
+# kept with the code. Its MLPs are 4 * 96 = 384 wide.
 
 # the model
 n_layer = 4

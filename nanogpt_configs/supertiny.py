@@ -1,7 +1,8 @@
 # The "supertiny" GPT of the 2023 sparse-coding work: small enough to know every neuron, deep enough to have circuits.
 # Published on OpenWebText with GPT-2's tokenizer (50257 tokens): .83M parameters, 97% of them the embedding.
 #
-#     python -m sparse_coding train-lm nanogpt_configs/supertiny.py --text openwebtext --tokenizer gpt2 --out outputs/supertiny
+#     python -m sparse_coding train-lm nanogpt_configs/supertiny.py --text Skylion007/openwebtext --tokenizer gpt2 \
+#         --out outputs/supertiny
 #
 # 600,000 updates of 16,384 tokens are about one pass over OpenWebText. A first look takes minutes on a laptop:
 #
@@ -9,8 +10,8 @@
 #         --set max_iters=2000 warmup_iters=100 batch_size=32 eval_interval=500 eval_iters=10
 import time
 
-wandb_project = 'sparsecode'
-wandb_run_name = 'supertiny-' + str(time.time())
+wandb_project = "sparsecode"
+wandb_run_name = "supertiny-" + str(time.time())
 
 # the model
 n_layer = 6  # as many as nanoGPT's Shakespeare model

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_coding.activations.capture import rows as captured_rows
 from sparse_coding.activations.capture import splice
-from sparse_coding.activations.models import LanguageModel, bundled_models, load_model
+from sparse_coding.activations.models import LanguageModel, load_model
 from sparse_coding.activations.sites import resolve_all, site_name
 from sparse_coding.activations.stream import ActivationStream
 from sparse_coding.activations.tokens import Contexts, contexts
@@ -89,7 +89,7 @@ def capture(settings: RunSettings) -> Captured:
     names = list(flags.sites) or [site_name(model, layer, flags.location) for layer in flags.layer]
     resolve_all(model, names)  # a wrong name is an error before any text is read
     tokenizer = load_tokenizer(model.path)
-    text = settings.text_settings(bundled=flags.model in bundled_models())
+    text = settings.text_settings()
     context = settings.text.context or min(DEFAULT_CONTEXT, model.max_positions or DEFAULT_CONTEXT)
     if model.max_positions is not None and context > model.max_positions:
         raise UserError(f"--context is {context}: {flags.model} takes at most {model.max_positions} tokens")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from sparse_coding.activations.models import bundled_models
 from sparse_coding.activations.text import TextSettings
 from sparse_coding.config import count, numbers, to_dict
 from sparse_coding.errors import UserError
@@ -67,12 +68,12 @@ class SweepFlags:
 
     architecture: str = "relu"
     """relu: a ReLU dictionary with an L1 penalty."""
-    l1: tuple[str, ...] = ("logspace:0:1.2:5",)
+    l1: tuple[str, ...] = ("0.5", "1", "2", "4", "8")
     """L1 coefficients: numbers, or logspace:FIRST:LAST:HOW_MANY in powers of ten."""
     ratios: tuple[float, ...] = (1.0, 2.0, 4.0)
     """Dictionary sizes as multiples of the width of the activations."""
-    lr: tuple[float, ...] = (1e-3,)
-    """Learning rates of Adam."""
+    lr: tuple[float, ...] = (2e-3,)
+    """Learning rates of Adam. Short runs gain from high ones; 1e-3 is that of 2023."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the dictionaries' initial values."""
     tied: bool = False
@@ -91,9 +92,10 @@ class SweepFlags:
 class TrainingFlags:
     """How they are trained."""
 
-    tokens: str = "1M"
-    """Activations to train on, such as 500k, 2M, 1B; more than the text has means several passes over it."""
-    batch_size: int = 1024
+    tokens: str = "auto"
+    """Activations to train on, such as 500k, 2M, 1B; more than the text has means several passes over it. auto: 800k
+    for a bundled model, 5M for others."""
+    batch_size: int = 512
     """Activations per update."""
     warmup_steps: int = 50
     """Updates over which the learning rate rises."""
@@ -165,8 +167,15 @@ class RunSettings:
         numbers(self.sweep.l1, "--l1")
 
     @property
+    def bundled(self) -> bool:
+        return self.model.model in bundled_models()
+
+    @property
     def steps(self) -> int:
-        return count(self.training.tokens, "--tokens") // self.training.batch_size
+        wanted = self.training.tokens
+        if wanted == "auto":
+            wanted = "800k" if self.bundled else "5M"
+        return count(wanted, "--tokens") // self.training.batch_size
 
     @property
     def eval_rows(self) -> int:
@@ -176,10 +185,10 @@ class RunSettings:
     def splice_tokens(self) -> int:
         return count(self.evaluation.splice_tokens, "--splice-tokens")
 
-    def text_settings(self, bundled: bool) -> TextSettings:
+    def text_settings(self) -> TextSettings:
         flags = self.text
         return TextSettings(
-            source=flags.text or ("python-docs" if bundled else "NeelNanda/pile-10k"),
+            source=flags.text or ("python-docs" if self.bundled else "NeelNanda/pile-10k"),
             config=flags.text_config,
             split=flags.text_split,
             column=flags.text_column,

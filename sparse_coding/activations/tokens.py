@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -361,9 +361,10 @@ def _sync_folder(folder: Path) -> None:
 def _remove_abandoned(root: Path) -> None:
     """Clear what a killed process left half-written a day ago or earlier."""
     for folder in root.glob(".writing-*"):
-        times = [entry.stat().st_mtime for entry in (folder, *folder.iterdir()) if entry.exists()]
-        if times and time.time() - max(times) > ABANDONED:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process may be finishing it
+            newest = max(entry.stat().st_mtime for entry in (folder, *folder.iterdir()))
+            if time.time() - newest > ABANDONED:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _open(folder: Path) -> Contexts:

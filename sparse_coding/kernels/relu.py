@@ -16,6 +16,8 @@ from torch import Tensor
 
 from sparse_coding.kernels.result import StepResult
 
+CHUNK = 128
+
 
 @torch.no_grad()
 def relu_l1_step(
@@ -64,6 +66,9 @@ def relu_l1_step(
     return StepResult(gradients, loss, squared_error, l1, active)
 
 
-def column_sums(values: Tensor) -> Float[Tensor, "M n"]:
-    """Sum over the batch axis of `[M B n]`, accumulated and returned in fp32."""
-    return values.sum(1, dtype=torch.float32)
+def column_sums(values: Float[Tensor, "M B n"]) -> Float[Tensor, "M n"]:
+    """Sum over the batch, in fp32. bf16 is summed in chunks of 128 rows, each exact up to its last rounding (counts
+    are exact): asking torch for an fp32 sum of a bf16 tensor would first copy all of it."""
+    if values.dtype == torch.float32 or values.shape[1] % CHUNK:
+        return values.sum(1, dtype=torch.float32)
+    return values.unflatten(1, (-1, CHUNK)).sum(2).float().sum(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from sparse_coding.training.optimizer import OptimizerSettings
 from sparse_coding.training.precision import Precision, products_dtype
 from sparse_coding.training.stack import Stack
 from sparse_coding.training.stream import Stream
-from sparse_coding.training.sweep import Member, split_into_stacks
+from sparse_coding.training.sweep import Member, split_into_stacks, stack_bytes
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def estimate(
     batch, stream_seconds = stream.batch(0), _seconds(lambda step: stream.batch(step), device, first=1)
     timed: dict[tuple, float] = {}
     per_step = stream_seconds + hidden_seconds
-    for group in split_into_stacks(members, stream.batch_size):
+    for group in split_into_stacks(members, stream.batch_size, stack_bytes(device)):
         chosen = [members[index] for index in group]
         shape = (chosen[0].architecture, chosen[0].site, chosen[0].settings.d_sae, len(chosen))
         if shape not in timed:
@@ -65,16 +65,19 @@ def estimate(
     return Estimate(len(members), flop, per_step * steps, weights * 2 * 4 * 3)
 
 
-def _seconds(step, device: str, first: int = 0, repeats: int = 3) -> float:
-    """The median time of `step(first), step(first + 1), ...` after a warm-up call."""
-    times = []
-    for index in range(repeats + 1):
+def _seconds(step: Callable[[int], object], device: str, first: int = 0, budget: float = 0.3) -> float:
+    """The quickest of `step(first), step(first + 1), ...` within a budget of seconds, three calls at least.
+
+    The first calls are slow for reasons that pass (threads, memory, kernels that are chosen), so not the mean.
+    """
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < budget and len(times) < 30):
         _wait(device)
         began = time.perf_counter()
-        step(first + index)
+        step(first + len(times))
         _wait(device)
         times.append(time.perf_counter() - began)
-    return sorted(times[1:])[repeats // 2]
+    return min(times)
 
 
 def _wait(device: str) -> None:

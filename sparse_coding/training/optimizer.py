@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -54,36 +54,55 @@ class StackedAdam:
     """Adam on the parameters of a stack `[M ...]`; each member is exactly `torch.optim.Adam` with its own rate."""
 
     def __init__(self, parameters: Mapping[str, Tensor], lrs: Sequence[float], settings: OptimizerSettings):
-        self.settings, self.lrs, self.steps = settings, tuple(lrs), 0
-        self.parameters = dict(parameters)
-        self.first = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
-        self.second = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+        self.settings = settings
+        self.first = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        self.second = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        # One group per learning rate; its views of the members are made once, and the counts stay on the device.
+        self.groups: list[_Group] = []
+        for lr in dict.fromkeys(lrs):
+            members = [index for index, own in enumerate(lrs) if own == lr]
+            weights, first, second = (_views(tensors, members) for tensors in (parameters, self.first, self.second))
+            counts = [torch.zeros((), device=value.device) for value in weights]
+            self.groups.append(_Group(lr, members, weights, first, second, counts))
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], scale: float) -> None:
         """One update with learning rates `lrs * scale`."""
-        for lr in dict.fromkeys(self.lrs):
-            members = [index for index, own in enumerate(self.lrs) if own == lr]
-
-            def views(tensors: Mapping[str, Tensor], members: list[int] = members) -> list[Tensor]:
-                return [tensors[name][index] for name in self.parameters for index in members]
-
-            parameters = views(self.parameters)
-            counts = [torch.tensor(float(self.steps), device=parameters[0].device) for _ in parameters]
+        for group in self.groups:
             adam(
-                parameters,
-                views(gradients),
-                views(self.first),
-                views(self.second),
+                group.parameters,
+                _views({name: gradients[name] for name in self.first}, group.members),
+                group.first,
+                group.second,
                 [],
-                counts,
+                group.counts,
                 fused=True,
                 amsgrad=False,
                 beta1=self.settings.beta1,
                 beta2=self.settings.beta2,
-                lr=lr * scale,
+                lr=group.lr * scale,
                 weight_decay=0.0,
                 eps=self.settings.eps,
                 maximize=False,
             )
-        self.steps += 1
+
+    def set_steps(self, steps: int) -> None:
+        """The number of updates done so far, for a run that is resumed."""
+        for group in self.groups:
+            for count in group.counts:
+                count.fill_(steps)
+
+
+class _Group(NamedTuple):
+    """Members that share a learning rate, each parameter of each as a tensor of its own."""
+
+    lr: float
+    members: list[int]
+    parameters: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+    counts: list[Tensor]
+
+
+def _views(tensors: Mapping[str, Tensor], members: list[int]) -> list[Tensor]:
+    return [value[index] for value in tensors.values() for index in members]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_coding.dictionaries import TrainableDictionary, architecture
 from sparse_coding.kernels.result import StepResult
+from sparse_coding.training.allocator import keep_freed_memory
 from sparse_coding.training.optimizer import OptimizerSettings, StackedAdam
 from sparse_coding.training.sweep import Member
 
@@ -35,6 +36,7 @@ class Stack:
     """`M` members of one architecture, site and shape."""
 
     def __init__(self, members: Sequence[Member], settings: OptimizerSettings, device: str, dtype: torch.dtype):
+        keep_freed_memory()
         self.members, self.site, self.dtype = list(members), members[0].site, dtype
         kind = architecture(members[0].architecture)
         generators = [member.generator() for member in members]
@@ -90,4 +92,5 @@ class Stack:
     def load_state(self, state: dict[str, Tensor], steps: int, steps_summed: int) -> None:
         for name, value in self.state().items():
             value.copy_(state[name])
-        self.optimizer.steps, self.steps_summed = steps, steps_summed
+        self.optimizer.set_steps(steps)
+        self.steps_summed = steps_summed

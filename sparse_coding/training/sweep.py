@@ -1,7 +1,7 @@
 """A sweep: grid -> members -> stacks.
 
 What multiplies (L1, learning rate) is a number per member inside a stack; what changes shapes or control flow splits
-the stack. A stack is also cut so that its codes `[M B d_sae]` stay in the cache, which is worth 2x on a CPU.
+the stack. A stack is also cut to a size in memory, since beyond it batching gains nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from sparse_coding.config import from_dict, to_dict
 from sparse_coding.dictionaries import DictionarySettings, architecture
 from sparse_coding.errors import UserError, near
 
-CACHED_CODES = 2**21
-"""Elements of `[M B d_sae]` that fit the last-level cache beside the weights (4 MiB in bf16); measured in docs."""
+STACK_BYTES = {"cpu": 64 * 2**20}
+ELSEWHERE = 4 * 2**30
+"""How much a stack may touch in one step: on a CPU about the last-level cache (larger stacks gain nothing and take
+memory), on a GPU enough to fill it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Member:
     @property
     def name(self) -> str:
         """Unique in a sweep, fit for a file name."""
-        varied = [f"{field}_{getattr(self.settings, field):.6g}" for field in self.settings.per_member]
+        numbers = {field: getattr(self.settings, field) for field in self.settings.per_member}
+        varied = [f"{field.removesuffix('_coefficient')}_{value:.6g}" for field, value in numbers.items()]
         words = [self.architecture, str(self.settings.d_sae), *varied, f"lr_{self.lr:.6g}", f"seed_{self.seed}"]
         prefix = "" if self.site == "synthetic" else re.sub(r"[^A-Za-z0-9.]+", "_", self.site) + "-"
         return prefix + "-".join(words)
@@ -94,14 +97,24 @@ def grid(
     return members
 
 
-def split_into_stacks(members: Sequence[Member], batch_size: int, cached_codes: int = CACHED_CODES) -> list[list[int]]:
-    """Indices of the members of each stack: same architecture, site and shapes, and small enough for the cache."""
+def split_into_stacks(
+    members: Sequence[Member], batch_size: int, most_bytes: int = STACK_BYTES["cpu"]
+) -> list[list[int]]:
+    """Indices of the members of each stack: one architecture, site and shape, touching at most `most_bytes` a step."""
     groups: dict[tuple, list[int]] = {}
     for index, member in enumerate(members):
         neutral = replace(member.settings, **dict.fromkeys(member.settings.per_member, 1))
         groups.setdefault((member.architecture, member.site, neutral), []).append(index)
     stacks = []
     for indices in groups.values():
-        size = max(1, cached_codes // (batch_size * members[indices[0]].settings.d_sae))
+        settings = members[indices[0]].settings
+        # per latent: two weight vectors with moments, gradient and bf16 copy (20 bytes a number), four bf16 codes a row
+        touched = settings.d_sae * (2 * 20 * settings.d_in + 4 * 2 * batch_size)
+        size = max(1, most_bytes // touched)
         stacks += [indices[start : start + size] for start in range(0, len(indices), size)]
     return stacks
+
+
+def stack_bytes(device: str) -> int:
+    """The limit for `split_into_stacks` on a device."""
+    return STACK_BYTES.get(device.split(":")[0], ELSEWHERE)

@@ -23,7 +23,7 @@ from sparse_coding.training.precision import Precision, products_dtype
 from sparse_coding.training.run_folder import RunFolder
 from sparse_coding.training.stack import Stack
 from sparse_coding.training.stream import Stream
-from sparse_coding.training.sweep import Member, split_into_stacks
+from sparse_coding.training.sweep import Member, split_into_stacks, stack_bytes
 
 Logger = Callable[[dict[str, Any]], None]
 
@@ -64,7 +64,7 @@ class Trainer:
         self.members, self.stream, self.settings, self.folder = list(members), stream, settings, folder
         self.checkpoint_seconds, self.loggers, self.device = checkpoint_seconds, loggers, device
         dtype = products_dtype(settings.precision, device)
-        self.groups = split_into_stacks(self.members, stream.batch_size)
+        self.groups = split_into_stacks(self.members, stream.batch_size, stack_bytes(device))
         self.stacks = [
             Stack([self.members[index] for index in group], settings.optimizer, device, dtype) for group in self.groups
         ]

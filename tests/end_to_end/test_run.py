@@ -105,7 +105,7 @@ def test_the_same_command_again_redraws_the_report_and_trains_nothing(finished, 
 
 
 def test_a_resume_with_other_settings_names_them(finished, small_gpt2, small_text):
-    with pytest.raises(UserError, match=r"sweep\.lr: was \[0\.001\], is \[0\.01\].*--fresh"):
+    with pytest.raises(UserError, match=r"sweep\.lr: was \[0\.002\], is \[0\.01\].*--fresh"):
         run(settings(*flags(small_gpt2, small_text, finished[0], "--lr", "0.01")))
 
 

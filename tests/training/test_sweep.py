@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sparse_coding.errors import UserError
-from sparse_coding.training.sweep import Member, grid, split_into_stacks
+from sparse_coding.training.sweep import Member, grid, split_into_stacks, stack_bytes
 
 
 def small_grid(**changes):
@@ -42,9 +42,10 @@ def test_what_changes_control_flow_splits_the_stack():
 
 def test_a_stack_is_cut_to_the_cache():
     members = small_grid(ratios=[1])
-    stacks = split_into_stacks(members, batch_size=4, cached_codes=3 * 4 * 8)
-    assert [len(stack) for stack in stacks] == [3, 3, 2]
-    assert [len(stack) for stack in split_into_stacks(members, batch_size=4, cached_codes=1)] == [1] * 8
+    one = 8 * (40 * 8 + 8 * 4)  # bytes a member of 8 latents, width 8, batch 4 touches
+    assert [len(stack) for stack in split_into_stacks(members, 4, 3 * one)] == [3, 3, 2]
+    assert [len(stack) for stack in split_into_stacks(members, 4, 1)] == [1] * 8
+    assert [len(stack) for stack in split_into_stacks(members, 4, stack_bytes("cuda:0"))] == [8]
 
 
 def test_a_member_survives_json():
