@@ -100,7 +100,10 @@ def complete(study: Study) -> tuple[Study, Grid]:
     name = study.preset if study.preset != "auto" else "full" if pick_device("auto") == "cuda" else "quick"
     base = GRIDS[name]
     chosen = Grid(
-        study.l1 or base.l1, study.ratios or base.ratios, study.steps or base.steps, study.world or base.world
+        study.l1 or base.l1,
+        study.ratios or base.ratios,
+        base.steps if study.steps is None else study.steps,
+        study.world or base.world,
     )
     return replace(study, preset=name), chosen
 

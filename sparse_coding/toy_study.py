@@ -49,7 +49,8 @@ def measure(
     few = max(1, PUBLISHED_SAMPLES // len(batches[0]))
     first = evaluate_reconstruction(dictionary, batches[:few])
     published = first.result()["dead"]
-    first.merge(evaluate_reconstruction(dictionary, batches[few:]))
+    if len(batches) > few:
+        first.merge(evaluate_reconstruction(dictionary, batches[few:]))
     return first, {**against_truth(dictionary, world), "dead_published": published}
 
 

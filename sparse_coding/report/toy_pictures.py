@@ -119,8 +119,8 @@ def _mmcs(study: Study) -> Picture:
     caption = (
         "For each true feature the largest cosine with any atom, averaged over features; read a cell against the "
         "chance and ceiling columns of its own row, not against 1. Below ratio 1 there are fewer atoms than "
-        "features, so a dictionary that finds one feature per atom scores its ceiling (atoms between features can score "
-        "a little more), and a collapsed one shows chance, the score of random atoms."
+        "features, so a dictionary that finds one feature per atom scores its ceiling (atoms between features can "
+        "score a little more), and a collapsed one shows chance, the score of random atoms."
     )
     if study.edge and len({round(by_ratio(study.edge, at), 9) for at in grid.ratios}) > 1:
         slope = by_ratio(study.edge, grid.ratios[-1]) / grid.ratios[-1]
