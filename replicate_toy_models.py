@@ -146,7 +146,9 @@ def main(study: Study) -> Path:
     out = study.out or Path("outputs") / f"toy-{study.preset}-{short_hash(settings)}"
 
     with RunFolder(out, settings, fresh=study.fresh) as folder:
-        if not folder.finished:
+        if folder.finished:
+            print(f"the study in {out} is finished: drawing its report again (--fresh starts over)")
+        else:
             describe(members, chosen, stream, training, device)
             folder.note(provenance=provenance())
             folder.write_json("members.json", [member.to_dict() for member in members])

@@ -87,7 +87,7 @@ def parse(cls: type[T], arguments: Sequence[str], prog: str, description: str) -
                 args=list(arguments),
                 prog=prog,
                 description=description,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+                config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as stop:
         if stop.code == 2:
@@ -97,10 +97,11 @@ def parse(cls: type[T], arguments: Sequence[str], prog: str, description: str) -
 
 
 def _one_line(boxed: str) -> str:
-    """The message inside tyro's box: no frames, no rules, no usage."""
-    lines = [re.sub(r"[│╭╮╰╯─┃|]", " ", line).strip() for line in boxed.splitlines()]
+    """The message inside tyro's box: no frame, no title, no usage."""
+    inside = [line for line in boxed.splitlines() if not line.startswith(("╭", "╰"))]
+    lines = [re.sub(r"[│─┃|]", " ", line).strip() for line in inside]
     kept = [line for line in lines if line and "--help" not in line and not line.startswith("For full helptext")]
-    return " ".join(" ".join(kept).replace("Parsing error", "").split())
+    return " ".join(" ".join(kept).split())
 
 
 def count(text: str, name: str) -> int:

@@ -36,6 +36,9 @@ def reported() -> Iterator[None]:
     except Interrupted as stop:
         print(f"\nstopped: {' '.join(str(stop).split())}", file=sys.stderr)
         raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        print("\nstopped: what was saved stays; the same command continues from there", file=sys.stderr)
+        raise SystemExit(130) from None
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -63,7 +63,9 @@ class Captured:
 def run(settings: RunSettings) -> Path:
     """Everything: returns the report's path. The same settings continue a stopped run or redraw a finished one."""
     with RunFolder(run_folder(settings), settings.identity(), fresh=settings.output.fresh) as folder:
-        if not folder.finished:
+        if folder.finished:
+            print(f"the run in {folder.path} is finished: drawing its report again (--fresh starts over)")
+        else:
             sweep_members(settings, {"any": 2**20})  # a grid that makes no sense is an error before anything is read
             captured = capture(settings)
             members = sweep_members(settings, captured.stream.widths)

@@ -103,3 +103,10 @@ def test_a_full_disk_is_one_line_and_exit_code_2(capsys):
         raise OSError(28, "No space left on device", "outputs/x/log.jsonl")
     assert stop.value.code == 2
     assert "disk is full while writing outputs/x/log.jsonl" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
+    with pytest.raises(SystemExit) as stop, reported():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert "the same command continues" in capsys.readouterr().err
