@@ -102,9 +102,9 @@ def capture(settings: RunSettings) -> Captured:
         return contexts(text, tokenizer, part=part, context=context, max_tokens=tokens, exclude_special=special)
 
     training, kept = packed("train", wanted), packed("held_out", max(settings.eval_rows, settings.splice_tokens))
-    flags_t = settings.training
+    rows = settings.training
     source = ActivationStream(
-        model, training, names, batch_size=flags_t.batch_size, buffer_rows=flags_t.buffer_rows, seed=flags_t.data_seed
+        model, training, names, batch_size=rows.batch_size, buffer_rows=rows.buffer_rows, seed=rows.data_seed
     )
     scaled = ScaledStream(source) if settings.sweep.normalise else None
     scales = scaled.scales if scaled else dict.fromkeys(names, 1.0)

@@ -23,7 +23,7 @@ class RunFolder:
 
         `settings` decide what comes out of the run; facts that do not (versions, host) go to `note`.
         """
-        self.path = path
+        self.path, self._new = path, not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
@@ -66,7 +66,6 @@ class RunFolder:
                     "give those again to continue it, --out for a new folder, or --fresh to start over in this one"
                 )
             return
-        self.settings: dict[str, Any] = {}
         write_text(settings_file, json.dumps({"run": settings}, indent=1))
 
     def note(self, **facts: Any) -> None:
@@ -108,7 +107,11 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """A mistake found before anything was done leaves no folder behind."""
+        nothing_done = {entry.name for entry in self.path.iterdir()} <= {"lock", "settings.json"}
+        if self._new and nothing_done and kind is not None and issubclass(kind, UserError):
+            shutil.rmtree(self.path)
         self.close()
 
 

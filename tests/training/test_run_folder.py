@@ -72,3 +72,18 @@ def test_differences_name_the_key_and_both_values():
         "a.c: was 2, is 3",
         "d: was null, is 4",
     ]
+
+
+def fails_in(path, *done):
+    with RunFolder(path, {}) as folder:
+        for record in done:
+            folder.append("log.jsonl", record)
+        raise UserError("layer 999")
+
+
+def test_a_mistake_before_anything_was_done_leaves_no_folder(tmp_path):
+    (tmp_path / "there before").mkdir()
+    for name, done in (("new", []), ("begun", [{"step": 1}]), ("there before", [])):
+        with pytest.raises(UserError, match="layer 999"):
+            fails_in(tmp_path / name, *done)
+    assert {path.name for path in tmp_path.iterdir()} == {"begun", "there before"}
