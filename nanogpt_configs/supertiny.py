@@ -30,5 +30,5 @@ warmup_iters = 2000
 max_iters = 600000  # lr_decay_iters is left out: the cosine ends with the training
 weight_decay = 1e-1
 eval_interval = 1000
-eval_iters = 200
+eval_iters = 20  # nanoGPT has 200: minutes for each evaluation on a laptop
 log_interval = 10

@@ -92,7 +92,9 @@ def capture(settings: RunSettings) -> Captured:
     resolve_all(model, names)  # a wrong name is an error before any text is read
     tokenizer = load_tokenizer(model.path)
     text = settings.text_settings()
-    context = settings.text.context or min(DEFAULT_CONTEXT, model.max_positions or DEFAULT_CONTEXT)
+    context = settings.text.context
+    if context is None:
+        context = min(DEFAULT_CONTEXT, model.max_positions or DEFAULT_CONTEXT)
     if model.max_positions is not None and context > model.max_positions:
         raise UserError(f"--context is {context}: {flags.model} takes at most {model.max_positions} tokens")
     wanted = settings.steps * settings.training.batch_size
@@ -266,6 +268,7 @@ def loss_recovered(
     """
     found: dict[str, dict[str, float | None]] = {member.name: {} for member in members}
     if captured.model.kind is None:
+        print(f"{settings.model.model} has no head that predicts tokens: loss recovered is not measured", flush=True)
         return found
     for site in captured.sites:
 

@@ -164,6 +164,12 @@ class RunSettings:
         for flag, value in (("--eval-rows", self.eval_rows), ("--splice-tokens", self.splice_tokens)):
             if value < 1:
                 raise UserError(f"{flag} is {value}: it must be at least 1")
+        if not 0 < self.text.held_out < 1:
+            raise UserError(f"--held-out is {self.text.held_out}: it must lie between 0 and 1, such as 0.05")
+        if self.text.context is not None and self.text.context < 2:
+            raise UserError(f"--context is {self.text.context}: a context holds at least 2 tokens")
+        if self.evaluation.latents < 0:
+            raise UserError(f"--latents is {self.evaluation.latents}: it must be 0 or more")
         numbers(self.sweep.l1, "--l1")
 
     @property

@@ -330,7 +330,9 @@ def _column(asked: str | None, is_text: dict[str, bool], where: str) -> str:
     strings = [name for name, holds in is_text.items() if holds]
     if "text" in is_text or len(strings) == 1:
         return "text" if "text" in is_text else strings[0]
-    raise UserError(f"text {where}: which column holds the text? It has {', '.join(is_text) or 'none'}; set the column")
+    raise UserError(
+        f"text {where}: which column holds the text? It has {', '.join(is_text) or 'none'}; give --text-column"
+    )
 
 
 def _no_column(column: str, columns: Iterable[str], where: str) -> UserError:
@@ -343,7 +345,9 @@ def _no_column(column: str, columns: Iterable[str], where: str) -> UserError:
 def _text(value: object, column: str, where: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    raise UserError(f"text {where}: column {column!r} holds {type(value).__name__}, not text; set the column")
+    raise UserError(
+        f"text {where}: column {column!r} holds {type(value).__name__}, not text; set the column (--text-column)"
+    )
 
 
 # ---- data sets

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -49,7 +48,7 @@ def save_dictionary(
 
 
 def load_dictionary(folder: Path, device: str = "cpu") -> TrainableDictionary:
-    """Read a dictionary this project wrote. Nothing is unpickled."""
+    """Read a dictionary this project wrote, for inference. Nothing is unpickled."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         own = config["metadata"]["sparse_coding"]
@@ -68,5 +67,4 @@ def load_dictionary(folder: Path, device: str = "cpu") -> TrainableDictionary:
         raise UserError(
             f"{folder / WEIGHTS} holds W_dec of shape {shape}, {CONFIG} says {settings.d_sae, settings.d_in}"
         )
-    with torch.no_grad():
-        return kind.from_inference(settings, tensors)
+    return kind.from_inference(settings, tensors).requires_grad_(False)

@@ -82,7 +82,7 @@ def frontiers(site: Site) -> list[Picture]:
     recovered = recovered_metric(site.records)
     panels = []
     for name, title, label in (
-        ("fvu", "Reconstruction", "FVU (lower is better)"),
+        ("fvu", "Reconstruction (points: L1)", "FVU (lower is better)"),
         (
             recovered,
             "Behaviour of the model",
@@ -103,7 +103,7 @@ def frontiers(site: Site) -> list[Picture]:
         "there."
     )
     if len(panels) == 1:
-        caption += " Loss recovered was not measured in this run." if panels[0].title == "Reconstruction" else ""
+        caption += " Loss recovered was not measured in this run." if panels[0].title.startswith("Rec") else ""
     note = f"{left} members have no finite value at a positive L0 and are not drawn." if left else ""
     return [site.picture("frontier", "Trade-off between sparsity and faithfulness", figure, caption, note)]
 

@@ -123,7 +123,7 @@ def preset(name: str, **changes: object) -> WorldSettings:
 
     Raises UserError for an unknown name, an unknown setting or a value that is not allowed.
     """
-    _one_of("preset", name, PRESETS)
+    _one_of("world", name, PRESETS)
     for key in changes:
         _one_of("setting of a world", key, WorldSettings.__dataclass_fields__)
     return replace(PRESETS[name], **changes)  # type: ignore[arg-type]

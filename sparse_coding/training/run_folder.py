@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_coding.errors import UserError
+from sparse_coding.errors import DISK_FULL, UserError
 from sparse_coding.files import write_text
 
 
@@ -23,12 +23,19 @@ class RunFolder:
 
         `settings` decide what comes out of the run; facts that do not (versions, host) go to `note`.
         """
-        self.path, self._new = path, not path.exists()
+        self.path, self._new, self._replaced = path, not path.exists(), path / ".replaced"
         try:
             path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{path} is a file: choose another output folder with --out") from None
-        self._lock = open(path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until close()
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            raise UserError(f"{path} cannot be made ({error.strerror}): choose another folder with --out") from None
+        try:
+            self._lock = open(path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until close()
+        except PermissionError:
+            raise UserError(f"{path} cannot be written to: choose another folder with --out") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -55,8 +62,11 @@ class RunFolder:
         ):
             raise UserError(f"{self.path} holds files that are no run of ours: choose another --out")
         if fresh:
+            # Set aside, not removed: a mistake found before anything is done must not cost the run that was there.
+            self._replaced.mkdir(exist_ok=True)
             for entry in others:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                if entry != self._replaced:
+                    entry.rename(self._replaced / entry.name)
         elif settings_file.exists():
             before = json.loads(settings_file.read_text(encoding="utf-8")).get("run")
             changed = differences(before, json.loads(json.dumps(settings)))
@@ -108,10 +118,15 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """A mistake found before anything was done leaves no folder behind."""
-        nothing_done = {entry.name for entry in self.path.iterdir()} <= {"lock", "settings.json"}
-        if self._new and nothing_done and kind is not None and issubclass(kind, UserError):
+        """A mistake found before anything was done leaves no new folder behind and an old run as it was."""
+        nothing_done = {entry.name for entry in self.path.iterdir()} <= {"lock", "settings.json", ".replaced"}
+        mistake = nothing_done and kind is not None and issubclass(kind, UserError)
+        if mistake and self._new:
             shutil.rmtree(self.path)
+        elif mistake and self._replaced.exists():
+            for entry in self._replaced.iterdir():
+                entry.replace(self.path / entry.name)
+        shutil.rmtree(self._replaced, ignore_errors=True)
         self.close()
 
 

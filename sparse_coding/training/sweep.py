@@ -82,8 +82,13 @@ def grid(
             raise UserError(
                 f"{architecture_name} has no setting {name!r}: it has {', '.join(known)}{near(name, known)}"
             )
+    ratios, lrs, seeds = tuple(ratios), tuple(lrs), tuple(seeds)
+    for name, values in {"ratios": ratios, "learning rates": lrs, "seeds": seeds, **varied}.items():
+        for value in values:
+            if values.count(value) > 1:
+                raise UserError(f"{name} holds {value} twice: leave out the repeated value")
     members = []
-    for (site, d_in), ratio in itertools.product(widths.items(), tuple(ratios)):
+    for (site, d_in), ratio in itertools.product(widths.items(), ratios):
         for values in itertools.product(*varied.values()):
             chosen = dict(zip(varied, values, strict=True), **shared)
             settings = settings_class(d_in=d_in, d_sae=round(d_in * ratio), **chosen)
@@ -91,7 +96,7 @@ def grid(
     names = [member.name for member in members]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"the grid holds {twice} twice: leave out the repeated value")
+        raise UserError(f"the grid holds {twice} twice: two ratios give the same number of latents")
     if not members:
         raise UserError("the grid is empty: give at least one value for each of its axes")
     return members

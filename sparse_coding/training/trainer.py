@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,8 @@ class Trainer:
         """Train from where the run stands to its end. Ctrl-C and SIGTERM save first and raise `Interrupted`."""
         settings, rows = self.settings, self.stream.batch_size
         began, saved = time.monotonic() - self.seconds, time.monotonic()
+        if self.step:
+            print(f"continuing at step {self.step:,} of {settings.steps:,}", file=sys.stderr, flush=True)
         with self._signals(), Progress("training", settings.steps, start=self.step) as progress:
             while self.step < settings.steps:
                 batch = self.stream.batch(self.step)

@@ -27,6 +27,7 @@ def test_a_saved_dictionary_opens_again_with_the_scale_folded_in(dictionary, tmp
     loaded = load_dictionary(tmp_path / "one")
     x = torch.randn(5, 4, generator=generator)
     assert_close(loaded.encode(x), dictionary.encode(3.0 * x))
+    assert not loaded.encode(x).requires_grad
     assert_close(loaded(x), dictionary(3.0 * x) / 3.0)
 
 

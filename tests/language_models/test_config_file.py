@@ -179,7 +179,7 @@ def test_supertiny_is_the_published_recipe():
     shape = (config.n_layer, config.n_embd, config.n_head, config.dropout, config.block_size, config.batch_size)
     assert shape == (6, 16, 8, 0.2, 256, 64)
     published = {"n_layer", "n_embd", "n_head", "dropout", "block_size", "batch_size"}
-    ours = {"gradient_accumulation_steps", "eval_interval", "log_interval"}
+    ours = {"gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"}
     for key, value in dataclasses.asdict(TrainConfig()).items():  # the rest is nanoGPT's
         assert key in published | ours or getattr(config, key) == value, key
 

@@ -23,8 +23,32 @@ def test_fresh_empties_the_folder(tmp_path):
     with RunFolder(tmp_path / "run", {"lr": 1}) as folder:
         folder.append("log.jsonl", {"step": 1})
         folder.write_json("sub.json", {})
-    with RunFolder(tmp_path / "run", {"lr": 2}, fresh=True):
-        assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "settings.json"}
+    with RunFolder(tmp_path / "run", {"lr": 2}, fresh=True) as folder:
+        assert not folder.finished
+        folder.append("log.jsonl", {"step": 7})
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "settings.json", "log.jsonl"}
+    assert read_lines(tmp_path / "run" / "log.jsonl") == [{"step": 7}]
+
+
+def test_a_mistake_after_fresh_leaves_the_old_run_as_it_was(tmp_path):
+    with RunFolder(tmp_path / "run", {"lr": 1}) as folder:
+        folder.append("log.jsonl", {"step": 1})
+        folder.finish([{"name": "a"}])
+
+    def start_over():
+        with RunFolder(tmp_path / "run", {"lr": 2}, fresh=True):
+            raise UserError("layer 999")
+
+    with pytest.raises(UserError, match="layer 999"):
+        start_over()
+    with RunFolder(tmp_path / "run", {"lr": 1}) as folder:
+        assert folder.finished
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "lock",
+        "settings.json",
+        "log.jsonl",
+        "results.jsonl",
+    }
 
 
 def test_a_folder_in_use_is_refused_with_its_owner(tmp_path):

@@ -69,6 +69,8 @@ def test_names_of_members_tell_sites_apart_and_fit_file_names():
         ({"varied": {"l1_coefficient": [0.1, 0.1]}}, "twice"),
         ({"varied": {"l1_coeficient": [0.1]}}, "did you mean 'l1_coefficient'"),
         ({"varied": {"l1_coefficient": [-1.0]}}, "L1 coefficient is -1.0"),
+        ({"ratios": [1.0, 1.01]}, "two ratios give the same number"),
+        ({"seeds": [0, 0]}, "seeds holds 0 twice"),
         ({"ratios": [0.01]}, "d_sae is 0"),
         ({"lrs": [0.0]}, "learning rate is 0.0"),
     ],
