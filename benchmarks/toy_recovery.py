@@ -1,6 +1,6 @@
 """Recovery in the full geometry of 2023 (512 features in 256 dimensions), on the cells whose outcome is known.
 
-    python benchmarks/toy_recovery.py        about 10 minutes on 2 CPU cores; writes benchmarks/results/toy_recovery.*
+    python benchmarks/toy_recovery.py        about 6 minutes on 2 CPU cores; writes benchmarks/results/toy_recovery.*
 
 At ratio 1 and 4 the recovered band, its best cells and the collapse above it, all 20,000 steps of batch 256, Adam 1e-3,
 single uniform magnitudes, probabilities per batch: the world hoagy-2023-07.
