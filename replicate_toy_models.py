@@ -11,7 +11,7 @@ side by side; each is compared with the truth; heat maps show where recovery wor
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -86,7 +86,7 @@ class Study:
     """auto, cpu, cuda, mps."""
     out: Annotated[Path | None, arg(help_behavior_hint="(default: outputs/toy-...)")] = None
     """Run folder. The same command continues a run that was stopped."""
-    fresh: bool = field(default=False)
+    fresh: bool = False
     """Start over, even if the folder holds a run."""
     checkpoint_seconds: float = 120.0
     """Seconds between two checkpoints."""

@@ -2,6 +2,8 @@
 
     python benchmarks/synthetic_speed.py [--threads 1] [--repeats 100] [--batch 256]
 
+It writes benchmarks/results/synthetic_speed.md.
+
 The dense method is written anew from its description: torch's multivariate normal is built (checked and factored) for
 every batch, then three uniform numbers per (sample, feature) cell and a dense product. A second line keeps the factor
 between batches, which the original did not. Methods take turns, five batches each, so that a busy machine slows all of
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from sparse_coding.provenance import provenance
 from sparse_coding.synthetic import World, covariance_matrix, preset
 
 
@@ -81,14 +84,21 @@ def main() -> None:
         },
         args.repeats,
     )
-    print(
-        f"batch {args.batch}, G {settings.n_features}, d_in {settings.d_in}, {args.threads} thread(s), "
-        f"torch {torch.__version__}, medians of {args.repeats} interleaved turns"
-    )
     first, second = medians["dense, as in 2023"], medians["dense, factor kept"]
-    print(f"{'method':32}{'ms':>8}{'x faster than 2023':>20}{'x faster, factor kept':>24}")
-    for name, seconds in medians.items():
-        print(f"{name:32}{seconds * 1e3:8.3f}{first / seconds:20.1f}{second / seconds:24.1f}")
+    facts = provenance()
+    lines = [
+        "Speed of the toy world's generator.",
+        "",
+        f"`python benchmarks/synthetic_speed.py`, {facts['date'][:10]}, torch {facts['versions']['torch']}, "
+        f"{args.threads} CPU thread(s), G {settings.n_features}, d_in {settings.d_in}, batch {args.batch}, "
+        f"medians of {args.repeats} interleaved turns.",
+        "",
+        "| method | ms per batch | times faster than 2023 | times faster, factor kept |",
+        "|---|---|---|---|",
+        *(f"| {name} | {1e3 * t:.3f} | {first / t:.1f} | {second / t:.1f} |" for name, t in medians.items()),
+    ]
+    print("\n".join(lines))
+    (Path(__file__).parent / "results" / "synthetic_speed.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class RunFolder:
 
     def _settle(self, settings: dict[str, Any], fresh: bool) -> None:
         settings_file = self.path / "settings.json"
-        others = [entry for entry in self.path.iterdir() if entry.name != "lock"]
+        others = [entry for entry in self.path.iterdir() if entry.name not in ("lock", self._replaced.name)]
         if (
             others
             and not settings_file.exists()
@@ -63,10 +63,11 @@ class RunFolder:
             raise UserError(f"{self.path} holds files that are no run of ours: choose another --out")
         if fresh:
             # Set aside, not removed: a mistake found before anything is done must not cost the run that was there.
+            if others:
+                shutil.rmtree(self._replaced, ignore_errors=True)  # left by a run that was killed
             self._replaced.mkdir(exist_ok=True)
             for entry in others:
-                if entry != self._replaced:
-                    entry.rename(self._replaced / entry.name)
+                entry.rename(self._replaced / entry.name)
         elif settings_file.exists():
             before = json.loads(settings_file.read_text(encoding="utf-8")).get("run")
             changed = differences(before, json.loads(json.dumps(settings)))
@@ -118,12 +119,12 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """A mistake found before anything was done leaves no new folder behind and an old run as it was."""
+        """What fails or is stopped before anything was done leaves no new folder behind and an old run as it was."""
         nothing_done = {entry.name for entry in self.path.iterdir()} <= {"lock", "settings.json", ".replaced"}
-        mistake = nothing_done and kind is not None and issubclass(kind, UserError)
-        if mistake and self._new:
+        in_vain = nothing_done and kind is not None
+        if in_vain and self._new:
             shutil.rmtree(self.path)
-        elif mistake and self._replaced.exists():
+        elif in_vain and self._replaced.exists():
             for entry in self._replaced.iterdir():
                 entry.replace(self.path / entry.name)
         shutil.rmtree(self._replaced, ignore_errors=True)

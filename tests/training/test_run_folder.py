@@ -30,16 +30,17 @@ def test_fresh_empties_the_folder(tmp_path):
     assert read_lines(tmp_path / "run" / "log.jsonl") == [{"step": 7}]
 
 
-def test_a_mistake_after_fresh_leaves_the_old_run_as_it_was(tmp_path):
+@pytest.mark.parametrize("what", [UserError("layer 999"), KeyboardInterrupt()])
+def test_what_ends_before_the_new_run_begins_leaves_the_old_one_as_it_was(tmp_path, what):
     with RunFolder(tmp_path / "run", {"lr": 1}) as folder:
         folder.append("log.jsonl", {"step": 1})
         folder.finish([{"name": "a"}])
 
     def start_over():
         with RunFolder(tmp_path / "run", {"lr": 2}, fresh=True):
-            raise UserError("layer 999")
+            raise what
 
-    with pytest.raises(UserError, match="layer 999"):
+    with pytest.raises(type(what)):
         start_over()
     with RunFolder(tmp_path / "run", {"lr": 1}) as folder:
         assert folder.finished
@@ -111,3 +112,13 @@ def test_a_mistake_before_anything_was_done_leaves_no_folder(tmp_path):
         with pytest.raises(UserError, match="layer 999"):
             fails_in(tmp_path / name, *done)
     assert {path.name for path in tmp_path.iterdir()} == {"begun", "there before"}
+
+
+def test_a_kill_in_the_middle_of_starting_over_blocks_nothing(tmp_path):
+    """Killed right after the old run was set aside: only the lock and what was set aside are there."""
+    (tmp_path / "run" / ".replaced" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "lock").write_text("")
+    for fresh in (True, False, True):
+        with RunFolder(tmp_path / "run", {"lr": 2}, fresh=fresh) as folder:
+            folder.append("log.jsonl", {"step": 1})
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "settings.json", "log.jsonl"}
