@@ -18,12 +18,12 @@ from sparse_coding.activations.capture import splice
 from sparse_coding.activations.models import LanguageModel, load_model
 from sparse_coding.activations.sites import resolve_all, site_name
 from sparse_coding.activations.stream import ActivationStream
+from sparse_coding.activations.tokenizers import load_tokenizer
 from sparse_coding.activations.tokens import Contexts, contexts
 from sparse_coding.config import numbers
 from sparse_coding.dictionaries import Dictionary, architecture
 from sparse_coding.errors import UserError
 from sparse_coding.evaluation import record, save_dictionaries, stability
-from sparse_coding.language_models.tokenizers import load_tokenizer
 from sparse_coding.latents import top_contexts
 from sparse_coding.metrics.behaviour import behaviour, reconstruct_with
 from sparse_coding.metrics.reconstruction import evaluate_reconstruction

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from sparse_coding.activations.text import offline_if_unreachable
 from sparse_coding.device import pick_device
 from sparse_coding.errors import UserError, near
+from sparse_coding.hub import offline_if_unreachable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -19,7 +19,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from typing import IO, Any, Literal
 
 from sparse_coding.activations.python_docs import python_docs, python_docs_identity
 from sparse_coding.errors import UserError, near
+from sparse_coding.hub import offline_if_unreachable
 
 Part = Literal["train", "held_out", "all"]
 
@@ -84,31 +84,6 @@ def text_identity(settings: TextSettings) -> dict[str, Any]:
         for file in files
     ]
     return identity
-
-
-@contextmanager
-def offline_if_unreachable(seconds: float = 5.0) -> Iterator[None]:
-    """Inside, the Hugging Face libraries use their caches only when the hub does not answer one request.
-
-    Without it they try again for 20 to 50 seconds before they look into the cache or give up.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    switched: list[Any] = []
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=seconds)
-        except Exception:  # whichever HTTP library is below: no answer is no answer
-            loaded = [sys.modules[name] for name in ("datasets.config",) if name in sys.modules]
-            switched = [(module, module.HF_HUB_OFFLINE) for module in (constants, *loaded)]
-    try:
-        for module, _ in switched:
-            module.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        for module, before in switched:
-            module.HF_HUB_OFFLINE = before
 
 
 def _check(settings: TextSettings, part: str) -> None:

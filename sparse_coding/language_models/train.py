@@ -166,7 +166,7 @@ def tokenizer_for(
 
     What is kept is filed under everything it depends on, so another text or size never gets it.
     """
-    from sparse_coding.language_models.tokenizers import character_tokenizer, load_tokenizer, train_byte_bpe
+    from sparse_coding.activations.tokenizers import character_tokenizer, load_tokenizer, train_byte_bpe
 
     if vocab_size is not None and name != "bpe":
         raise UserError(f"--vocab-size is for --tokenizer bpe; {name!r} has its own vocabulary")

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from sparse_coding.activations import tokens as module
 from sparse_coding.activations.text import TextSettings, documents
+from sparse_coding.activations.tokenizers import character_tokenizer, train_byte_bpe
 from sparse_coding.activations.tokens import Contexts, contexts, default_cache, flat
 from sparse_coding.errors import UserError
-from sparse_coding.language_models.tokenizers import character_tokenizer, train_byte_bpe
 
 WORDS = ["the", "cat", "sat", "on", "mat", "dog", "ate", "log"]
 TEXTS = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 2 + i * i % 53)) for i in range(80)]

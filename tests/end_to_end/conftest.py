@@ -31,7 +31,7 @@ def small_gpt2(tmp_path_factory: pytest.TempPathFactory, small_text: Path) -> Pa
     import transformers
 
     from sparse_coding.activations.text import TextSettings, documents
-    from sparse_coding.language_models.tokenizers import train_byte_bpe
+    from sparse_coding.activations.tokenizers import train_byte_bpe
 
     folder = tmp_path_factory.mktemp("small-gpt2")
     tokenizer = train_byte_bpe(documents(TextSettings(str(small_text)), "all"), 300, folder)

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_coding.activations.text import offline_if_unreachable
 from sparse_coding.errors import UserError, near
+from sparse_coding.hub import offline_if_unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

@@ -9,14 +9,14 @@ import huggingface_hub
 import pytest
 from transformers import AutoTokenizer
 
-from sparse_coding.errors import UserError
-from sparse_coding.language_models.tokenizers import (
+from sparse_coding.activations.tokenizers import (
     END_OF_TEXT,
     UNKNOWN,
     character_tokenizer,
     load_tokenizer,
     train_byte_bpe,
 )
+from sparse_coding.errors import UserError
 
 TEXTS = ["the cat sat on the mat\n", "the dog sat on the log\n", "a cat, a dog; a mat and a log!\n"] * 5
 HOSTILE = "  two  spaces\t\r\n\x00\x7f é 漢字 😀\u200d\u2028 <|endoftext|> don't  \n\n"
