@@ -1,12 +1,14 @@
 """nanoGPT's meta.pkl: the vocabulary of a character-level data set, read by an unpickler that can make nothing else.
 
-A file holds `{"vocab_size": int, "stoi": {str: int}, "itos": {int: str}}` and perhaps more plain values. Only what
-pickle builds without calling anything (dict, list, tuple, str, int, float, bool, None) is accepted.
+A file holds `{"vocab_size": int, "stoi": {str: int}, "itos": {int: str}}` and perhaps more plain values. Its opcodes
+are looked through before any is carried out: only those are accepted that make dicts, lists, tuples, texts and numbers.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,12 @@ from sparse_coding.errors import UserError
 
 META = "meta.pkl"
 LARGEST = 1 << 26  # bytes; 65,536 tokens with their texts take about two million
+PLAIN = frozenset(
+    "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT "
+    "BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND "
+    "APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET".split()
+)
+NUMBERED = ("PUT", "LONG_BINPUT")  # the unpickler makes room for as many objects as the number says
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,8 @@ class Meta:
 
 
 class _PlainOnly(pickle.Unpickler):
+    """Makes no object of any class, should an opcode ask for one all the same."""
+
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
@@ -36,13 +46,18 @@ class _PlainOnly(pickle.Unpickler):
 def read_meta(path: Path) -> Meta:
     """Read a meta.pkl; raises `UserError` for a file that holds code, or anything but such a vocabulary."""
     what = f"vocabulary file {str(path)!r}"
-    if path.stat().st_size > LARGEST:
-        raise UserError(f"{what} has {path.stat().st_size:,} bytes: no meta.pkl of nanoGPT is larger than {LARGEST:,}")
     try:
-        with path.open("rb") as file:
-            data = _PlainOnly(file).load()
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{what} is larger than {LARGEST:,} bytes: no meta.pkl of nanoGPT is")
+        content = path.read_bytes()
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name not in PLAIN or (opcode.name in NUMBERED and argument > len(content)):
+                raise pickle.UnpicklingError(f"it holds {opcode.name} {'' if argument is None else argument}")
+        data = _PlainOnly(io.BytesIO(content)).load()
+    except UserError:
+        raise
     except Exception as error:  # a damaged pickle raises nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{what} is not read: {reason}; a meta.pkl holds plain numbers and strings only") from None
     size = data.get("vocab_size") if isinstance(data, dict) else None
     if type(size) is not int or not 0 < size < 1 << 32:
@@ -50,7 +65,7 @@ def read_meta(path: Path) -> Meta:
     itos = data.get("itos")
     if itos is None:
         return Meta(size, None)
-    if not isinstance(itos, dict) or sorted(itos, key=str) != sorted(range(size), key=str):
+    if not isinstance(itos, dict) or len(itos) != size or itos.keys() != set(range(size)):
         raise UserError(f"{what}: itos does not give a text for each id from 0 to {size - 1}")
     tokens = [itos[index] for index in range(size)]
     if not all(isinstance(token, str) for token in tokens):

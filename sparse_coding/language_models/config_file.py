@@ -1,7 +1,7 @@
 """nanoGPT-style config files: bare assignments, read with `ast`, never executed.
 
-A config file is a list of lines such as `n_layer = 6` with comments. Literal arithmetic (`5 * 8`) is allowed, and so
-are `import time` and the one computed name that such files are fond of, `'name-' + str(time.time())`. Every key of
+A config file is a list of lines such as `n_layer = 6` with comments. Arithmetic is allowed (`5 * 8`), a key set above
+(`lr_decay_iters = max_iters`), `import time`, and computed names such as `'run-' + str(time.time())`. Every key of
 nanoGPT's train.py is known: it is a field of `TrainConfig`, or stands in `UNUSED` with the reason why it has no effect.
 """
 
@@ -14,14 +14,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from sparse_coding.errors import UserError, near
 
 Value: TypeAlias = int | float | bool | str
-DTYPES = ("auto", "bfloat16", "float32")
+DTYPES = ("auto", "bfloat16", "float32", "float16")
+BACKENDS = ("auto", "nccl", "gloo")
 POSITIVE = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps", "max_iters")
 POSITIVE += ("eval_interval", "eval_iters", "log_interval", "learning_rate")
+INCIDENTAL = ("out_dir", "eval_only", "wandb_log", "wandb_project", "wandb_run_name", "backend")
+"""Keys that do not change what is learnt: a run goes on where they differ."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,25 @@ class TrainConfig:
     eval_iters: int = 200  # batches per evaluation, of the training text and of the held-out text
     log_interval: int = 1  # updates between two lines of the log
     always_save_checkpoint: bool = False  # False: keep the weights of the best evaluation (nanoGPT: True, the last)
+    init_from: str = (
+        "scratch"  # scratch; resume (there must be a run to go on with); or a GPT-2 to start from: its name,
+    )
+    # folder or nanoGPT checkpoint, whose shape wins over the keys above
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the fastest that is there (nanoGPT: cuda)
-    dtype: str = "auto"  # of the matrix products: bfloat16, float32; auto takes bfloat16 where it is the faster
+    dtype: str = (
+        "auto"  # of the matrix products: bfloat16, float32, float16 (with loss scaling); auto: bfloat16 if faster
+    )
+    compile: bool = False  # torch.compile the model: a minute of waiting, then faster steps on a GPU (nanoGPT: True)
     seed: int = 1337  # of the weights, the batches and the dropout (a constant in nanoGPT)
+    out_dir: str = ""  # folder of the model; --out wins
+    dataset: str = ""  # the folder data/<dataset> with train.bin and val.bin; --text wins
+    eval_only: bool = False  # evaluate, and stop
+    wandb_log: bool = False  # mirror the log to Weights & Biases
+    wandb_project: str = "owt"
+    wandb_run_name: str = "gpt2"
+    backend: str = (
+        "auto"  # of torchrun's processes: nccl, gloo; auto: nccl on CUDA GPUs, gloo elsewhere (nanoGPT: nccl)
+    )
 
     def __post_init__(self) -> None:
         """Refuse values that no run can have; raises `UserError` that starts with the key."""
@@ -63,7 +83,8 @@ class TrainConfig:
         for key in ("dropout", "beta1", "beta2"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
         _require(self.n_embd % self.n_head == 0, "n_head", self.n_head, f"a divisor of n_embd, which is {self.n_embd}")
-        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)} (float16 needs loss scaling)")
+        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         places = ("auto", "cpu", "mps", "cuda")
         place, _, index = self.device.partition(":")
         known = self.device in places or (place == "cuda" and index.isdigit())
@@ -78,37 +99,17 @@ class TrainConfig:
     def tokens_per_iteration(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps * self.block_size
 
+    def decisive(self) -> dict[str, Value]:
+        """The keys that decide what is learnt; `resume` means the run that `scratch` began."""
+        known = {key: value for key, value in dataclasses.asdict(self).items() if key not in INCIDENTAL}
+        return known | {"init_from": "scratch" if self.init_from == "resume" else self.init_from}
+
 
 def _require(fine: bool, key: str, given: Value, allowed: str) -> None:
     if not fine:
         raise UserError(f"{key} = {given!r} cannot be: it must be {allowed}")
 
 
-@dataclass(frozen=True)
-class Unused:
-    """A key of nanoGPT without effect here: its type, why, and the values that would change the result."""
-
-    kind: type
-    why: str
-    refused: Callable[[Any], bool] = lambda value: False
-
-
-_TRACKING = "the curves are written to train_log.jsonl and sent nowhere"
-UNUSED: Mapping[str, Unused] = {
-    "out_dir": Unused(str, "the folder of the model is given by --out"),
-    "dataset": Unused(str, "the text is given by --text"),
-    "init_from": Unused(
-        str,
-        "training starts from fresh weights, and a stopped run goes on when the same command is started again",
-        lambda value: value != "scratch",
-    ),
-    "eval_only": Unused(bool, "every run ends with an evaluation on all of the held-out text", lambda value: value),
-    "wandb_log": Unused(bool, _TRACKING),
-    "wandb_project": Unused(str, _TRACKING),
-    "wandb_run_name": Unused(str, _TRACKING),
-    "compile": Unused(bool, "the model runs uncompiled, which changes the speed and not the result"),
-    "backend": Unused(str, "training runs in one process"),
-}
 ELSEWHERE = {
     "vocab_size": "the vocabulary is the tokenizer's, set by --vocab-size",
     "meta_vocab_size": "the vocabulary is the tokenizer's, set by --vocab-size",
@@ -119,29 +120,25 @@ FIELDS = {field.name: KINDS[str(field.type)] for field in dataclasses.fields(Tra
 
 
 def load_config(path: Path, overrides: Mapping[str, Value] | None = None) -> tuple[TrainConfig, list[str]]:
-    """The settings in a config file with `overrides` on top, and notes about keys that have no effect.
+    """The settings in a config file with `overrides` on top, and cautions about values that are seldom meant.
 
     Raises `UserError` with file:line for anything that is not a plain assignment, an unknown key or a mistyped value.
     """
     placed = {key: (value, f"{path}:{line}: ") for key, (value, line) in parse(path).items()}
     placed.update({key: (value, "--set: ") for key, value in (overrides or {}).items()})
     settings: dict[str, Value] = {}
-    notes: list[str] = []
     for key, (value, place) in placed.items():
-        if key in FIELDS:
-            settings[key] = _typed(key, value, FIELDS[key], place)
-        elif key in UNUSED:
-            notes.append(_note(key, value, place))
-        else:
+        if key not in FIELDS:
             reason = ELSEWHERE.get(key)
-            hint = f": {reason}" if reason else near(key, [*FIELDS, *UNUSED])
-            raise UserError(f"{place}unknown key {key!r}{hint or '; known: ' + ', '.join([*FIELDS, *UNUSED])}")
+            hint = f": {reason}" if reason else near(key, FIELDS)
+            raise UserError(f"{place}unknown key {key!r}{hint or '; known: ' + ', '.join(FIELDS)}")
+        settings[key] = _typed(key, value, FIELDS[key], place)
     try:
         config = TrainConfig(**settings)  # type: ignore[arg-type]
     except UserError as error:
         key = str(error).split(" ", 1)[0]
         raise UserError(f"{placed[key][1] if key in placed else f'{path}: '}{error}") from None
-    return config, notes + _cautions(config)
+    return config, _cautions(config)
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Value]:
@@ -182,7 +179,7 @@ def parse(path: Path) -> dict[str, tuple[Value, int]]:
         if key in found:
             raise UserError(f"{place}{key!r} is set a second time (first on line {found[key][1]}); keep one of the two")
         try:
-            found[key] = (evaluate(node.value), node.lineno)
+            found[key] = (evaluate(node.value, {name: value for name, (value, _) in found.items()}), node.lineno)
         except ValueError as error:
             raise UserError(f"{place}{key!r}: {error}") from None
     return found
@@ -199,20 +196,24 @@ _ARITHMETIC: Mapping[type, Callable[[Any, Any], Any]] = {
 }
 
 
-def evaluate(node: ast.expr) -> Value:
-    """The value of a literal, of arithmetic on number literals, or of string literals joined with `str(time.time())`.
+def evaluate(node: ast.expr, names: Mapping[str, Value] = MappingProxyType({})) -> Value:
+    """The value of a literal, of one of `names`, of arithmetic, or of strings joined with `str(...)` of such a value.
 
-    Raises `ValueError` with the reason for anything else.
+    `str(time.time())` is known too. Raises `ValueError` with the reason for anything else.
     """
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
     if isinstance(node, ast.Constant) and type(node.value) in (int, float, bool, str):
         return node.value  # type: ignore[return-value]
     if ast.unparse(node) == "str(time.time())":
         return str(time.time())
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "str" and len(node.args) == 1 and not node.keywords:
+        return str(evaluate(node.args[0], names))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        number = _number(evaluate(node.operand))
+        number = _number(evaluate(node.operand, names))
         return -number if isinstance(node.op, ast.USub) else number
     if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
-        left, right = evaluate(node.left), evaluate(node.right)
+        left, right = evaluate(node.left, names), evaluate(node.right, names)
         if isinstance(left, str) and isinstance(right, str) and isinstance(node.op, ast.Add):
             return left + right
         left, right = _number(left), _number(right)
@@ -253,14 +254,6 @@ def _typed(key: str, value: Value, kind: type, place: str) -> Value:
         tip = "; write True or False" if kind is bool else tip
         raise UserError(f"{place}{key} = {value!r} is of type {type(value).__name__}, must be {kind.__name__}{tip}")
     return value
-
-
-def _note(key: str, value: Value, place: str) -> str:
-    unused = UNUSED[key]
-    _typed(key, value, unused.kind, place)
-    if unused.refused(value):
-        raise UserError(f"{place}{key} = {value!r} cannot be honoured: {unused.why}; remove the line")
-    return f"{key} = {value!r} has no effect: {unused.why}"
 
 
 def _cautions(config: TrainConfig) -> list[str]:

@@ -1,27 +1,27 @@
-"""The model, its losses and one update: GPT-2 with nanoGPT's initial weights, optimiser groups and schedule.
-
-Batches and dropout depend on (seed, update) alone and never on the global generators.
-"""
+"""The model and its loss: GPT-2 with nanoGPT's initial weights, in the hands of `transformers`."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from sparse_coding.errors import UserError
 from sparse_coding.language_models.config_file import TrainConfig
+from sparse_coding.language_models.vocabulary_loss import linear_cross_entropy
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel, PreTrainedModel
+
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def derive(seed: int, *parts: int | str) -> int:
@@ -45,12 +45,10 @@ def build(config: TrainConfig, vocab_size: int, end_of_text: int | None = None) 
         n_head=config.n_head,
         activation_function="gelu",
         layer_norm_epsilon=1e-5,
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
         tie_word_embeddings=True,
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
+        **dict.fromkeys(DROPOUTS, config.dropout),
     )
     with torch.random.fork_rng(devices=[]):  # the constructor's own draws are replaced below
         model = GPT2LMHeadModel(shape)
@@ -65,13 +63,48 @@ def build(config: TrainConfig, vocab_size: int, end_of_text: int | None = None) 
     return model
 
 
+def adopt(found: PreTrainedModel, config: TrainConfig) -> tuple[GPT2LMHeadModel, TrainConfig]:
+    """A copy of a GPT-2 to go on training, and `config` with its shape; its context is cut to `block_size`.
+
+    Raises `UserError` for another kind of model and for a block longer than its context.
+    """
+    from transformers import GPT2LMHeadModel
+
+    if not isinstance(found, GPT2LMHeadModel) or found.config.n_inner not in (None, 4 * found.config.n_embd):
+        raise UserError(f"init_from = {config.init_from!r} is a {type(found).__name__}: training starts from a GPT-2")
+    if config.block_size > found.config.n_positions:
+        raise UserError(
+            f"block_size = {config.block_size}: {config.init_from!r} takes at most {found.config.n_positions} tokens"
+        )
+    shape = copy.deepcopy(found.config)
+    shape.update({"n_positions": config.block_size, **dict.fromkeys(DROPOUTS, config.dropout)})
+    with torch.random.fork_rng(devices=[]):
+        model = GPT2LMHeadModel(shape)
+    weights = dict(found.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name][: config.block_size] if name.endswith("wpe.weight") else weights[name])
+    bias = any(bool(value.any()) for name, value in weights.items() if name.endswith(".bias"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bias or not name.endswith(".bias"))
+    sizes = {key: getattr(shape, key) for key in ("n_layer", "n_head", "n_embd")}
+    return model, dataclasses.replace(config, bias=bias, **sizes)
+
+
 def cross_entropy(
-    model: GPT2LMHeadModel, windows: Int[Tensor, "B T+1"], reduction: Literal["mean", "sum"] = "mean"
+    model: GPT2LMHeadModel,
+    windows: Int[Tensor, "B T+1"],
+    reduction: Literal["mean", "sum"] = "mean",
+    body: Callable[..., Any] | None = None,
 ) -> Float[Tensor, ""]:
-    """Nats per token of each window's last T tokens (or their sum), each given those before it."""
-    hidden = model.transformer(windows[:, :-1], use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden).flatten(0, 1).float()
-    return F.cross_entropy(logits, windows[:, 1:].flatten(), reduction=reduction)
+    """Nats per token of each window's last T tokens (or their sum), each given those before it.
+
+    body: `model.transformer`, perhaps compiled.
+    """
+    run = model.transformer if body is None else body
+    hidden = run(windows[:, :-1], use_cache=False).last_hidden_state
+    targets = windows[:, 1:].flatten()
+    return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets, reduction)
 
 
 def held_out_loss(model: GPT2LMHeadModel, tokens: Integer[np.ndarray, "N"], batch_size: int = 32) -> float:
@@ -93,108 +126,3 @@ def held_out_loss(model: GPT2LMHeadModel, tokens: Integer[np.ndarray, "N"], batc
             total += cross_entropy(model, rows, "sum").item() if len(rows) else 0.0
     model.train(training)
     return total / (len(tokens) - 1)
-
-
-# --- one update ------------------------------------------------------------------------------------------------------
-
-
-def learning_rate(config: TrainConfig, iteration: int) -> float:
-    """nanoGPT's schedule at update `iteration` (from 0): linear warmup, a cosine down to min_lr, then min_lr."""
-    if not config.decay_lr:
-        return config.learning_rate
-    if iteration < config.warmup_iters:
-        return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
-    if iteration >= config.decay_until:
-        return config.min_lr
-    done = (iteration - config.warmup_iters) / (config.decay_until - config.warmup_iters)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - config.min_lr)
-
-
-def optimizer_for(model: GPT2LMHeadModel, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with nanoGPT's two groups: weight decay for tensors of two or more dimensions, none for the rest."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
-
-
-def windows_at(
-    tokens: Integer[np.ndarray, "N"], config: TrainConfig, seed: int, count: int, device: torch.device
-) -> Int[Tensor, "count T+1"]:
-    """`count` windows at random places of `tokens` (with replacement, as nanoGPT draws them), a function of `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - config.block_size, (count, 1), generator=generator).numpy()
-    return torch.from_numpy(tokens[starts + np.arange(config.block_size + 1)].astype(np.int64)).to(device)
-
-
-@contextmanager
-def dropout_from(seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout inside draws from `seed`; the global generators are as before afterwards."""
-    metal = torch.mps.get_rng_state() if device.type == "mps" else None
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        if metal is not None:
-            torch.mps.set_rng_state(metal)
-
-
-@dataclass
-class Trainer:
-    """The model, its optimiser and the text; one call of `update` is one step of AdamW."""
-
-    config: TrainConfig
-    model: GPT2LMHeadModel
-    tokens: Integer[np.ndarray, "N"]
-    held_out: Integer[np.ndarray, "K"]
-    device: torch.device
-    dtype: torch.dtype  # of the matrix products
-    optimizer: torch.optim.AdamW = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.model.to(self.device)  # type: ignore[arg-type]
-        self.model.train()
-        self.optimizer = optimizer_for(self.model, self.config, self.device)
-
-    def autocast(self) -> Any:
-        low = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype) if low else nullcontext()
-
-    def update(self, iteration: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Make update `iteration`: accumulate gradients, clip, step. Returns the mean loss and the gradient's norm."""
-        config = self.config
-        count = config.batch_size * config.gradient_accumulation_steps
-        windows = windows_at(self.tokens, config, derive(config.seed, "batch", iteration), count, self.device)
-        loss = torch.zeros((), device=self.device)
-        for part, rows in enumerate(windows.split(config.batch_size)):
-            seed = derive(config.seed, "dropout", iteration, part)
-            with dropout_from(seed, self.device) if config.dropout else nullcontext(), self.autocast():
-                share = cross_entropy(self.model, rows) / config.gradient_accumulation_steps
-            share.backward()
-            loss += share.detach()
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, iteration)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm
-
-    def evaluate(self) -> dict[str, float]:
-        """Mean loss over `eval_iters` random batches of each text, the same batches at every evaluation."""
-        self.model.eval()
-        losses = {}
-        for name, tokens in (("train_loss", self.tokens), ("val_loss", self.held_out)):
-            total = torch.zeros((), device=self.device)
-            for i in range(self.config.eval_iters):
-                seed = derive(self.config.seed, name, i)
-                windows = windows_at(tokens, self.config, seed, self.config.batch_size, self.device)
-                with torch.inference_mode(), self.autocast():
-                    total += cross_entropy(self.model, windows)
-            losses[name] = total.item() / self.config.eval_iters
-        self.model.train()
-        return losses

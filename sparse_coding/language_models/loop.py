@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.errors import Interrupted, UserError
-from sparse_coding.language_models.gpt import Trainer, learning_rate
+from sparse_coding.language_models.trainer import Trainer, learning_rate
 from sparse_coding.language_models.training_state import (
     LOG,
     STATE,
@@ -28,6 +28,7 @@ from sparse_coding.language_models.training_state import (
     save_state,
     save_weights,
 )
+from sparse_coding.progress import duration
 
 
 @contextmanager
@@ -53,10 +54,10 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 class Display:
     """A rich progress bar on a terminal; elsewhere a plain line about every ten seconds."""
 
-    def __init__(self, total: int, start: int):
+    def __init__(self, total: int, start: int, shown: bool = True):
         self.total, self.start, self.begun, self.last_line = total, start, time.monotonic(), time.monotonic()
-        self.bar = None
-        if sys.stdout.isatty():
+        self.bar, self.shown = None, shown
+        if shown and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             text = TextColumn("{task.description}")
@@ -67,15 +68,15 @@ class Display:
     def update(self, iteration: int, loss: float, rate: float) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=iteration, description=f"loss {loss:.4f}  {rate:,.0f} tokens/s")
-        elif time.monotonic() - self.last_line > 10:
+        elif self.shown and time.monotonic() - self.last_line > 10:
             self.last_line = time.monotonic()
             left = (self.last_line - self.begun) / max(1, iteration - self.start) * (self.total - iteration)
-            self.say(f"{iteration}/{self.total}  loss {loss:.4f}  {rate:,.0f} tokens/s  {left / 60:.1f} minutes left")
+            self.say(f"{iteration}/{self.total}  loss {loss:.4f}  {rate:,.0f} tokens/s  {duration(left)} left")
 
     def say(self, line: str) -> None:
         if self.bar is not None:
             self.bar.console.print(line, markup=False, highlight=False)
-        else:
+        elif self.shown:
             print(line, flush=True)
 
     def close(self) -> None:
@@ -84,43 +85,65 @@ class Display:
 
 
 class Run:
-    """A trainer with its folder: knows where training stands, and writes the log, the best weights and the state."""
+    """A trainer with its folder: knows where training stands, and writes the log, the best weights and the state.
 
-    def __init__(self, trainer: Trainer, folder: Path, identity: Mapping[str, Any]):
+    Every process has one; the first writes.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: Path,
+        identity: Mapping[str, Any],
+        mirror: Callable[[Mapping[str, float], int], None] | None = None,
+    ):
         self.trainer, self.config, self.folder, self.identity = trainer, trainer.config, folder, identity
+        self.first, self.mirror = trainer.processes.first, mirror
         (folder / STATE).mkdir(parents=True, exist_ok=True)
         self.state, self.best = folder / STATE / "state.safetensors", folder / STATE / "best.safetensors"
-        self.resumed = self.state.exists()
-        self.progress = load_state(self.state, trainer, identity) if self.resumed else Progress()
-        keep_log_until(folder / LOG, self.progress.iteration if self.resumed else -1)
-        self.display = Display(self.config.max_iters, self.progress.iteration)
+        self.progress = load_state(self.state, trainer, identity) if self.state.exists() else Progress()
+        if self.first:
+            keep_log_until(folder / LOG, self.progress)
+        self.display = Display(self.config.max_iters, self.progress.iteration, self.first)
         self.begun = time.monotonic() - self.progress.seconds
         self.saved_at, self.save_cost = time.monotonic(), 0.0
         self.mark, self.mark_iteration = time.monotonic(), self.progress.iteration  # since when speed is measured
 
     def log(self, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> None:
         """The line of an update."""
-        iteration, now, value = self.progress.iteration, time.monotonic(), loss.item()
+        iteration, now, value, norm_value = self.progress.iteration, time.monotonic(), loss.item(), norm.item()
         rate = (iteration - self.mark_iteration) * self.config.tokens_per_iteration / (now - self.mark)
         self.mark, self.mark_iteration = now, iteration
         lr = learning_rate(self.config, iteration - 1)
-        self._write({"tokens_per_second": rate, "lr": lr, "loss": value, "grad_norm": norm.item()}, value)
+        known = {"grad_norm": norm_value} if math.isfinite(norm_value) else {}  # float16: a step that was skipped
+        self._write({"tokens_per_second": rate, "lr": lr, "loss": value, **known}, value)
         self.display.update(iteration, value, rate)
 
-    def evaluate(self) -> None:
-        """Log the losses on both texts; keep the weights if they are the best so far (fresh ones never are)."""
-        losses, iteration = self.trainer.evaluate(), self.progress.iteration
+    def evaluate(self, stop: Callable[[], bool]) -> None:
+        """Log the losses on both texts, once; keep the weights if they are the best so far (fresh ones never are).
+
+        Does nothing where this update was evaluated already, and nothing lasting where `stop` becomes true.
+        """
+        progress, iteration = self.progress, self.progress.iteration
+        if progress.evaluated == iteration:
+            return
+        losses = self.trainer.evaluate(stop)
+        if losses is None:
+            return
         self._write(losses, losses["val_loss"])
         said = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self.display.say(f"{iteration}/{self.config.max_iters}  {said}")
-        if iteration and losses["val_loss"] < self.progress.best_loss:
-            self.progress.best_loss, self.progress.best_iteration = losses["val_loss"], iteration
-            save_weights(self.best, self.trainer.model)
+        progress.evaluated = iteration
+        if iteration and losses["val_loss"] < progress.best_loss:
+            progress.best_loss, progress.best_iteration = losses["val_loss"], iteration
+            if self.first:
+                save_weights(self.best, self.trainer.model)
 
     def save(self) -> None:
         start = time.monotonic()
         self.progress.seconds = start - self.begun
-        save_state(self.state, self.trainer, self.progress, self.identity)
+        if self.first:
+            save_state(self.state, self.trainer, self.progress, self.identity)
         self.saved_at, self.save_cost = time.monotonic(), time.monotonic() - start
         self.mark, self.mark_iteration = self.saved_at, self.progress.iteration
 
@@ -136,41 +159,53 @@ class Run:
                 f"the loss is {loss} at update {iteration}: lower learning_rate (now {config.learning_rate:g}), "
                 f"raise warmup_iters (now {config.warmup_iters}) or set grad_clip (now {config.grad_clip:g})"
             )
+        if not self.first:
+            return
         line = {"iteration": iteration, "tokens": iteration * config.tokens_per_iteration}
         with (self.folder / LOG).open("a") as log:
             log.write(json.dumps({**line, "seconds": time.monotonic() - self.begun, **facts}) + "\n")
+        if self.mirror is not None:
+            self.mirror({**line, **facts}, iteration)
 
 
-def fit(trainer: Trainer, folder: Path, identity: Mapping[str, Any], stop_at: int | None = None) -> Progress:
+def fit(
+    trainer: Trainer,
+    folder: Path,
+    identity: Mapping[str, Any],
+    stop_at: int | None = None,
+    mirror: Callable[[Mapping[str, float], int], None] | None = None,
+) -> Progress:
     """Train to `max_iters`, going on from `folder`'s state if it has one; the model ends with the weights to keep.
 
     Every `eval_interval` updates: evaluate, keep the best weights, save the state. Raises `Interrupted` once the state
     is saved after Ctrl-C, SIGTERM or, for tests, after update `stop_at`; `UserError` if the loss is not finite.
+    mirror: is given every line of the log with its update.
     """
-    config, run = trainer.config, Run(trainer, folder, identity)
-    progress = run.progress
+    config, run = trainer.config, Run(trainer, folder, identity, mirror)
+    progress, everyone = run.progress, trainer.processes
     with stop_requests() as asked:
         try:
-            if not run.resumed:
-                run.evaluate()
-            while progress.iteration < config.max_iters:
-                loss, norm = trainer.update(progress.iteration)
-                progress.iteration += 1
-                if progress.iteration % config.log_interval == 0:
-                    run.log(loss, norm)
+            while True:
                 due = progress.iteration % config.eval_interval == 0 or progress.iteration == config.max_iters
-                stop = asked() or progress.iteration == stop_at
                 if due:
-                    run.evaluate()
-                if due or stop or run.save_is_late():
+                    run.evaluate(asked)
+                stop = everyone.any(asked(), trainer.device) or progress.iteration == stop_at
+                if stop or run.save_is_late() or (due and progress.iteration):
                     run.save()
-                if stop and progress.iteration < config.max_iters:
+                if progress.iteration == config.max_iters and progress.evaluated == config.max_iters:
+                    break
+                if stop:
                     raise Interrupted(
                         f"training is saved after update {progress.iteration} of {config.max_iters} in {folder}; "
                         "start the same command again to go on"
                     )
+                loss, norm = trainer.update(progress.iteration)
+                progress.iteration += 1
+                if progress.iteration % config.log_interval == 0:
+                    run.log(loss, norm)
         finally:
             run.display.close()
+    everyone.wait()  # until the best weights are written
     if not config.always_save_checkpoint:
         load_weights(run.best, trainer.model)
     return progress

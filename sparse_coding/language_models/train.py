@@ -1,4 +1,4 @@
-"""Train a small GPT on the CPU or one GPU from a nanoGPT-style config file.
+"""Train a small GPT on the CPU, one GPU or several from a nanoGPT-style config file.
 
 The model is the Hugging Face `GPT2LMHeadModel` with nanoGPT's initial weights, optimiser groups and schedule. A run is
 a pure function of its settings and its text: batches and dropout depend on (seed, update) alone, so a run that was
@@ -8,124 +8,217 @@ killed and started again gives the same weights, bit for bit, as one that never 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import platform
 import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-import numpy as np
 import torch
 import tyro
-from jaxtyping import Integer, UInt
 
-from sparse_coding.activations.text import PYTHON_DOCS, TextSettings, documents, text_identity
-from sparse_coding.activations.tokens import contexts, flat
+from sparse_coding.activations.text import TextSettings
+from sparse_coding.config import parse
 from sparse_coding.device import pick_device
-from sparse_coding.errors import UserError, reported
+from sparse_coding.errors import UserError, near, reported
 from sparse_coding.language_models import card
 from sparse_coding.language_models.config_file import TrainConfig, Value, load_config, parse_overrides
-from sparse_coding.language_models.gpt import Trainer, build, derive, held_out_loss
+from sparse_coding.language_models.corpus import Corpus, corpus_of, source_of
+from sparse_coding.language_models.gpt import adopt, build, derive, held_out_loss
 from sparse_coding.language_models.loop import fit
 from sparse_coding.language_models.ngrams import baselines
-from sparse_coding.language_models.training_state import STATE, refuse_other_run
+from sparse_coding.language_models.processes import Processes, processes
+from sparse_coding.language_models.trainer import Trainer
+from sparse_coding.language_models.training_state import LOG, STATE, load_state, refuse_other_run
 from sparse_coding.training.precision import has_bf16
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GPT2LMHeadModel
+
+SCORED = 5_000_000
+"""Held-out tokens that the card's losses are measured on, at most."""
 
 
 def train_lm(
     config_path: Path,
     overrides: Mapping[str, Value],
-    text: TextSettings,
-    out: Path,
-    tokenizer: str = "bpe",
+    text: TextSettings | None = None,
+    out: Path | None = None,
+    tokenizer: str | None = None,
     vocab_size: int | None = None,
     command: str | None = None,
-) -> card.Facts:
+) -> card.Facts | None:
     """Train the GPT of a config file on a text, or go on with it; `out` becomes a Hugging Face model folder.
 
-    tokenizer: `bpe` and `char` are made from the training text, anything else is a tokenizer on the hub or in a folder.
-    vocab_size: of `bpe`, 2048 if None. command: what to write into the README; None: this call.
-    Leaves config.json, model.safetensors, the tokenizer's files, README.md, training.json (the returned facts) and
-    train_log.jsonl. Raises `UserError` for wrong settings and `Interrupted` when stopped.
+    text: None is the config's data set, or python-docs. out: None is the config's out_dir, or outputs/<its name>.
+    tokenizer: `bpe` (None) and `char` are made from the training text, anything else is a tokenizer on the hub or in a
+    folder; a data folder has its own. vocab_size: of `bpe`, 2048 if None. command: what to write into the README.
+    Leaves config.json, model.safetensors, the tokenizer's files, README.md, loss_curve.png, training.json (the returned
+    facts; None for `eval_only` and for all processes of `torchrun` but the first) and train_log.jsonl.
+    Raises `UserError` for wrong settings and `Interrupted` when stopped.
     """
     config, notes = load_config(config_path, overrides)
-    for note in notes:
-        print(f"note: {note}")
-    device = device_for(config)
-    refuse_foreign_folder(out)
-    words, words_folder = tokenizer_for(tokenizer, vocab_size, text, out)
-    train, held_out = token_streams(text, words, config.block_size)
-    asked = {"tokenizer": tokenizer, "vocab_size": vocab_size}
-    identity = {**dataclasses.asdict(config), **asked, "text": sha256_of(train, held_out, len(words))}
-    if (out / card.FACTS).exists():
-        facts = card.read(out)
-        asked = {"tokenizer": facts.tokenizer, "vocab_size": facts.vocab_size_asked}
-        refuse_other_run(out, {**facts.config, **asked, "text": facts.text_sha256}, identity)
-        shutil.rmtree(out / STATE, ignore_errors=True)
-        print(f"{out} is trained already: {facts.result()}")
+    text = text or TextSettings(source=source_of(None, config.dataset))
+    out = out or Path(config.out_dir or Path("outputs") / config_path.stem)
+    call = f"train_lm({str(config_path)!r}, {dict(overrides)!r}, {text!r}, out={str(out)!r}, tokenizer={tokenizer!r})"
+    with processes(device_for(config), config.backend) as (everyone, device):
+        if everyone.first:
+            for note in notes:
+                print(f"note: {note}")
+            refuse_foreign_folder(out)
+            corpus_of(text, tokenizer, vocab_size, config, out)  # makes the tokenizer and the tokens, for all
+        everyone.wait()
+        run = _Run(config, text, out, tokenizer, vocab_size, command or call, everyone, device)
+        return run.go()
+
+
+@dataclass
+class _Run:
+    """One call of `train_lm` in one process."""
+
+    config: TrainConfig
+    text: TextSettings
+    out: Path
+    tokenizer: str | None
+    vocab_size: int | None
+    command: str
+    everyone: Processes
+    device: torch.device
+
+    def go(self) -> card.Facts | None:
+        corpus = corpus_of(self.text, self.tokenizer, self.vocab_size, self.config, self.out)
+        model, config = starting_model(self.config, corpus)
+        asked = {"tokenizer": self.tokenizer, "vocab_size": self.vocab_size}
+        identity = {**config.decisive(), **asked, "text": corpus.sha256}
+        if (self.out / card.FACTS).exists():
+            return self.finished(identity)
+        if config.init_from == "resume" and not (self.out / STATE / "state.safetensors").exists():
+            raise UserError(f"init_from = 'resume', but {self.out} holds no run to go on with: leave init_from out")
+        dtype = precision(config, self.device)
+        trainer = Trainer(config, model, corpus.train, corpus.held_out, self.device, dtype, self.everyone)
+        self.say(self.plan(trainer, corpus))
+        if config.eval_only:
+            return self.only_evaluate(trainer, identity)
+        mirror = self.mirror(trainer) if self.everyone.first else None
+        progress = fit(trainer, self.out, identity, mirror=mirror.log if mirror else None)
+        if not self.everyone.first:
+            return None
+        facts = self.facts(trainer, corpus, progress.seconds, progress.best_iteration)
+        self.publish(trainer, corpus, facts)
+        if mirror:
+            mirror.finish({"held_out_loss": facts.validation_loss, "pair_counts": facts.bigram})
+        print(f"{self.out}: {facts.result()}")
         return facts
 
-    model = build(config, len(words), int(words.eos_token_id) if words.eos_token_id is not None else None)  # type: ignore[arg-type]
-    trainer = Trainer(config, model, train, held_out, device, precision(config, device))
-    counted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print(
-        f"{counted:,} parameters, {len(words):,} tokens in the vocabulary; {len(train):,} tokens of text, "
-        f"{len(held_out):,} held out; {config.max_iters:,} updates of {config.tokens_per_iteration:,} tokens "
-        f"on {card.hardware(device)}, {dtype_name(trainer.dtype)}"
-    )
-    progress = fit(trainer, out, identity)
-    counting = baselines(train, held_out, len(words))
-    call = f"train_lm({str(config_path)!r}, {dict(overrides)!r}, {text!r}, out={str(out)!r}, tokenizer={tokenizer!r})"
-    facts = card.Facts(
-        command=command or call,
-        config=dataclasses.asdict(config),
-        text={key: value for key, value in dataclasses.asdict(text).items() if value is not None},
-        text_sha256=identity["text"],
-        tokenizer=tokenizer,
-        vocab_size=len(words),
-        vocab_size_asked=vocab_size,
-        train_tokens=len(train),
-        held_out_tokens=len(held_out),
-        tokens_seen=config.max_iters * config.tokens_per_iteration,
-        seconds=progress.seconds,
-        hardware=card.hardware(device),
-        dtype=dtype_name(trainer.dtype),
-        python=platform.python_version(),
-        torch=torch.__version__.partition("+")[0],
-        parameters=counted,
-        iterations=config.max_iters,
-        kept_iteration=config.max_iters if config.always_save_checkpoint else progress.best_iteration,
-        validation_loss=held_out_loss(model, held_out),
-        unigram=counting.unigram,
-        bigram=counting.bigram,
-        bigram_weight=counting.bigram_weight,
-        samples=card.samples(model.eval(), words, held_out, derive(config.seed, "samples")),
-    )
-    card.publish(out, out / STATE / "finished", model, words_folder, facts)
-    shutil.rmtree(out / STATE)
-    print(f"{out}: {facts.result()}")
-    return facts
+    def say(self, line: str) -> None:
+        if self.everyone.first:
+            print(line, flush=True)
+
+    def finished(self, identity: Mapping[str, Any]) -> card.Facts | None:
+        """The facts of a run that ended before, if it is this one."""
+        facts = card.read(self.out)
+        asked = {"tokenizer": facts.tokenizer_asked, "vocab_size": facts.vocab_size_asked}
+        refuse_other_run(self.out, {**facts.config, **asked, "text": facts.text_sha256}, identity)
+        if not self.everyone.first:
+            return None
+        shutil.rmtree(self.out / STATE, ignore_errors=True)
+        print(f"{self.out} is trained already: {facts.result()}")
+        return facts
+
+    def plan(self, trainer: Trainer, corpus: Corpus) -> str:
+        config = trainer.config
+        return (
+            f"{parameters(trainer.model):,} parameters, {corpus.vocab_size:,} tokens in the vocabulary; "
+            f"{len(corpus.train):,} tokens of text, {len(corpus.held_out):,} held out; {config.max_iters:,} updates of "
+            f"{config.tokens_per_iteration:,} tokens on {card.hardware(self.device, self.everyone.size)}, "
+            f"{dtype_name(trainer.dtype)}"
+        )
+
+    def only_evaluate(self, trainer: Trainer, identity: Mapping[str, Any]) -> None:
+        state = self.out / STATE / "state.safetensors"
+        iteration = load_state(state, trainer, identity).iteration if state.exists() else 0
+        losses = trainer.evaluate() or {}
+        said = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        self.say(f"after {iteration} updates: {said} (eval_only: nothing is trained)")
+
+    def mirror(self, trainer: Trainer) -> Any:
+        """The Weights & Biases run, if `wandb_log` asks for one; WANDB_MODE decides whether it is sent or kept."""
+        if not self.config.wandb_log:
+            return None
+        from sparse_coding.training.wandb_mirror import Mirror
+
+        (self.out / STATE).mkdir(parents=True, exist_ok=True)  # what makes the folder a run
+        config = trainer.config
+        return Mirror("auto", config.wandb_project, config.wandb_run_name, self.out, config.decisive())
+
+    def facts(self, trainer: Trainer, corpus: Corpus, seconds: float, best_iteration: int) -> card.Facts:
+        config, model = trainer.config, trainer.model
+        scored = corpus.held_out[:SCORED]
+        counting = baselines(corpus.train, scored, corpus.vocab_size)
+        words = corpus.tokenizer
+        return card.Facts(
+            command=self.command,
+            config=config.decisive(),
+            text={key: value for key, value in dataclasses.asdict(self.text).items() if value is not None},
+            text_sha256=corpus.sha256,
+            tokenizer_asked=self.tokenizer,
+            vocab_size=corpus.vocab_size,
+            vocab_size_asked=self.vocab_size,
+            train_tokens=len(corpus.train),
+            held_out_tokens=len(corpus.held_out),
+            tokens_seen=config.max_iters * config.tokens_per_iteration,
+            seconds=seconds,
+            hardware=card.hardware(self.device, self.everyone.size),
+            dtype=dtype_name(trainer.dtype),
+            python=platform.python_version(),
+            torch=torch.__version__.partition("+")[0],
+            parameters=parameters(model),
+            iterations=config.max_iters,
+            kept_iteration=config.max_iters if config.always_save_checkpoint else best_iteration,
+            validation_loss=held_out_loss(model, scored),
+            scored_tokens=len(scored),
+            unigram=counting.unigram,
+            bigram=counting.bigram,
+            bigram_weight=counting.bigram_weight,
+            trigram=counting.trigram,
+            trigram_weight=counting.trigram_weight,
+            counted_tokens=counting.counted,
+            samples=[] if words is None else card.samples(model.eval(), words, scored, derive(config.seed, "samples")),
+        )
+
+    def publish(self, trainer: Trainer, corpus: Corpus, facts: card.Facts) -> None:
+        aside = self.out / STATE / "finished"
+        card.publish(self.out, aside, trainer.model, corpus, facts, self.out / LOG)
+        shutil.rmtree(self.out / STATE)
 
 
-def token_streams(
-    text: TextSettings, tokenizer: PreTrainedTokenizerBase, block_size: int
-) -> tuple[UInt[np.ndarray, "N"], UInt[np.ndarray, "K"]]:
-    """The training and the held-out tokens, documents end to end; raises `UserError` for less than one window."""
-    train, held_out = (flat(contexts(text, tokenizer, part=part, context=block_size)) for part in ("train", "held_out"))
-    for name, tokens in (("training", train), ("held-out", held_out)):
-        if len(tokens) <= block_size:
-            raise UserError(
-                f"the {name} text has {len(tokens)} tokens, block_size = {block_size} needs at least one more: "
-                "give more text or set a smaller block_size"
-            )
-    return train, held_out
+def starting_model(config: TrainConfig, corpus: Corpus) -> tuple[GPT2LMHeadModel, TrainConfig]:
+    """The model before its first update, and the config with its shape: fresh, or the weights that `init_from` names.
+
+    Raises `UserError` where those are no GPT-2, or too small for the block size or the vocabulary.
+    """
+    if config.init_from in ("scratch", "resume"):
+        return build(config, corpus.vocab_size, corpus.end_of_text), config
+    from sparse_coding.activations.models import load_model
+
+    try:
+        found = load_model(config.init_from, device="cpu", dtype="float32")
+    except UserError as error:
+        hint = near(config.init_from, ("scratch", "resume"))
+        raise UserError(f"init_from = {config.init_from!r} is neither scratch nor resume{hint}, and {error}") from None
+    if found.vocab_size < corpus.vocab_size:
+        raise UserError(
+            f"init_from = {config.init_from!r} knows {found.vocab_size} tokens and the text has {corpus.vocab_size}: "
+            f"give its own tokenizer (--tokenizer {found.path})"
+        )
+    return adopt(found.hf, config)
+
+
+def parameters(model: GPT2LMHeadModel) -> int:
+    """How many numbers are learnt; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def device_for(config: TrainConfig) -> torch.device:
@@ -142,7 +235,7 @@ def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
     On CPUs with bfloat16 units a width of 96 ran a third faster; at 64 the conversions cost more than they saved.
     """
     if config.dtype != "auto":
-        return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        return getattr(torch, config.dtype)
     quick = has_bf16(device) and (device.type != "cpu" or config.n_embd >= 96)
     return torch.bfloat16 if quick else torch.float32
 
@@ -159,43 +252,6 @@ def refuse_foreign_folder(out: Path) -> None:
         raise UserError(f"--out {out} holds files that are no training run; name a new folder")
 
 
-def tokenizer_for(
-    name: str, vocab_size: int | None, text: TextSettings, out: Path
-) -> tuple[PreTrainedTokenizerBase, Path]:
-    """The run's tokenizer and the folder of its files: kept from an earlier start, made from the text, or loaded.
-
-    What is kept is filed under everything it depends on, so another text or size never gets it.
-    """
-    from sparse_coding.activations.tokenizers import character_tokenizer, load_tokenizer, train_byte_bpe
-
-    if vocab_size is not None and name != "bpe":
-        raise UserError(f"--vocab-size is for --tokenizer bpe; {name!r} has its own vocabulary")
-    if (out / card.FACTS).exists():
-        return load_tokenizer(out), out
-    key = json.dumps([name, vocab_size, text_identity(text), text.held_out], sort_keys=True)
-    kept = out / STATE / f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not kept.exists():
-        part = out / STATE / "tokenizer.part"
-        shutil.rmtree(part, ignore_errors=True)
-        if name == "bpe":
-            train_byte_bpe(documents(text, "train"), vocab_size or 2048, part)
-        elif name == "char":
-            character_tokenizer(documents(text, "train"), part)
-        else:
-            load_tokenizer(name).save_pretrained(part)
-        part.rename(kept)
-    return load_tokenizer(kept), kept
-
-
-def sha256_of(train: Integer[np.ndarray, "N"], held_out: Integer[np.ndarray, "K"], vocab_size: int) -> str:
-    """The identity of what a run reads: both token streams and the size of the vocabulary."""
-    digest = hashlib.sha256(f"{vocab_size} {len(train)} {len(held_out)}".encode())
-    for tokens in (train, held_out):
-        for start in range(0, len(tokens), 1 << 24):
-            digest.update(tokens[start : start + (1 << 24)].astype("<u4").tobytes())
-    return digest.hexdigest()
-
-
 Pairs: TypeAlias = tuple[tuple[str, ...], ...]  # one tuple for each time that --set is given
 
 
@@ -205,22 +261,25 @@ class TrainLM:
 
     The folder it leaves is a Hugging Face model: everything here that takes a model takes it by its path. A stopped or
     killed run goes on when the same command is started again, and ends with the same weights as one never stopped.
+    `torchrun --standalone --nproc_per_node=N -m sparse_coding train-lm ...` shares each update among N processes.
 
     Example: train-lm nanogpt_configs/supertiny.py --set max_iters=2000 batch_size=32 --text python-docs --out my-gpt
     """
 
     config: Annotated[Path, tyro.conf.Positional]
     """The config file: lines such as `n_layer = 6` with the keys of nanoGPT's train.py. It is read, never executed."""
-    out: Path
-    """The folder of the model; it must be new, or hold this same run."""
+    out: Path | None = None
+    """The folder of the model, new or with this same run; by default the config's out_dir, or outputs/ and its name."""
     overrides: Annotated[Pairs, tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
     """Settings that win over those of the config file, as max_iters=2000 batch_size=32."""
-    tokenizer: str = "bpe"
-    """bpe (byte pairs learnt from the text), char (one token per character), gpt2, or any on the hub or in a folder."""
+    tokenizer: str | None = None
+    """bpe (byte pairs learnt from the text, the default), char (one token per character), gpt2, or any on the hub or in
+    a folder."""
     vocab_size: int | None = None
     """Tokens in the vocabulary that bpe learns; 2048 if not given. A large one makes a small model mostly embedding."""
-    text: str = PYTHON_DOCS
-    """python-docs (comes with Python), a file or folder of text, or a data set on the hub as name or name@revision."""
+    text: str | None = None
+    """python-docs (comes with Python), a file or folder of text, a folder with train.bin and val.bin (see
+    prepare-text), or a data set on the hub. By default the config's `dataset` below data/, or python-docs."""
     text_config: str | None = None
     """Configuration of the data set, as wikitext-103-raw-v1."""
     text_split: str = "train"
@@ -236,9 +295,11 @@ class TrainLM:
 def main(args: list[str]) -> None:
     """`python -m sparse_coding train-lm ARGS`."""
     with reported():
-        asked = tyro.cli(TrainLM, args=args, prog="python -m sparse_coding train-lm")
+        asked = parse(TrainLM, args, "python -m sparse_coding train-lm", TrainLM.__doc__ or "")
+        overrides = parse_overrides([pair for pairs in asked.overrides for pair in pairs])
+        config, _ = load_config(asked.config, overrides)
         text = TextSettings(
-            source=asked.text,
+            source=source_of(asked.text, config.dataset),
             config=asked.text_config,
             split=asked.text_split,
             column=asked.text_column,
@@ -246,5 +307,4 @@ def main(args: list[str]) -> None:
             held_out=asked.held_out,
         )
         command = f"python -m sparse_coding train-lm {shlex.join(args)}"
-        overrides = parse_overrides([pair for pairs in asked.overrides for pair in pairs])
         train_lm(asked.config, overrides, text, asked.out, asked.tokenizer, asked.vocab_size, command)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from sparse_coding.errors import UserError
 from sparse_coding.files import write_tensors, write_text
-from sparse_coding.language_models.gpt import Trainer
+from sparse_coding.language_models.trainer import Trainer
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -33,6 +32,7 @@ class Progress:
     seconds: float = 0.0  # of training, over all starts
     best_loss: float = math.inf
     best_iteration: int = 0
+    evaluated: int = -1  # the update of the last evaluation
 
 
 def save_weights(path: Path, model: GPT2LMHeadModel) -> None:
@@ -53,19 +53,13 @@ def save_state(path: Path, trainer: Trainer, progress: Progress, identity: Mappi
 
     One file, so that the tensors and the JSON can never be of different updates.
     """
-    from safetensors.torch import save_file
-
     tensors = {}
     for name, parameter in trainer.model.named_parameters():
-        tensors[f"weight/{name}"] = parameter.detach().contiguous()
+        tensors[f"weight/{name}"] = parameter
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value.contiguous()
-    header = {"progress": json.dumps(dataclasses.asdict(progress)), "identity": json.dumps(identity)}
-    beside = path.with_name(f".{path.name}.part")
-    save_file(tensors, beside, metadata=header)
-    with beside.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+            tensors[f"{key}/{name}"] = value
+    facts = {"progress": dataclasses.asdict(progress), "identity": identity, "scaler": trainer.scaler.state_dict()}
+    write_tensors(path, tensors, {key: json.dumps(value) for key, value in facts.items()})
 
 
 def load_state(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -> Progress:
@@ -86,6 +80,8 @@ def load_state(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -> Pro
     order = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
     moments = {i: saved[names[parameter]] for i, parameter in enumerate(order) if saved[names[parameter]]}
     trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": moments})
+    if trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(json.loads(header["scaler"]))
     return Progress(**json.loads(header["progress"]))
 
 
@@ -100,8 +96,13 @@ def refuse_other_run(folder: Path, there: Mapping[str, Any], here: Mapping[str, 
         )
 
 
-def keep_log_until(path: Path, iteration: int) -> None:
-    """Drop the lines past `iteration`: a killed run wrote them, the resumed run will write them again."""
+def keep_log_until(path: Path, progress: Progress) -> None:
+    """Drop the lines past `progress`: a killed run wrote them, the resumed run will write them again."""
+
+    def stays(line: str) -> bool:
+        known = json.loads(line)
+        last = progress.evaluated if "val_loss" in known else progress.iteration
+        return known["iteration"] <= last
+
     lines = path.read_text().splitlines() if path.exists() else []
-    whole = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= iteration]
-    write_text(path, "".join(f"{line}\n" for line in whole))
+    write_text(path, "".join(f"{line}\n" for line in lines if line.endswith("}") and stays(line)))
