@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sparse_coding.activations.models import LanguageModel, load_model, tokens_given
 from sparse_coding.activations.tokenizers import load_tokenizer
 from sparse_coding.errors import UserError
-from sparse_coding.formats.nanogpt import Facts, Gelu, checkpoint_file, read_checkpoint, write_checkpoint
+from sparse_coding.formats.nanogpt import read_checkpoint, write_checkpoint
+from sparse_coding.formats.nanogpt_file import Facts, Gelu, checkpoint_file
 from sparse_coding.language_models.card import FACTS
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ def import_nanogpt(checkpoint: Path, folder: Path, gelu: Gelu | None = None, tok
     words = _tokenizer(checkpoint, tokenizer)
     if words is not None:
         tokens_given(LanguageModel.of(read.model, str(checkpoint)), words)
-        for known in (read.model.config, read.model.generation_config):
-            known.bos_token_id, known.eos_token_id = words.bos_token_id, words.eos_token_id
+        configs: list[Any] = [read.model.config, read.model.generation_config]
+        for config in configs:
+            config.bos_token_id, config.eos_token_id = words.bos_token_id, words.eos_token_id
     folder.parent.mkdir(parents=True, exist_ok=True)
     writing = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -65,9 +67,8 @@ def import_nanogpt(checkpoint: Path, folder: Path, gelu: Gelu | None = None, tok
         shutil.rmtree(writing, ignore_errors=True)
     print(f"{folder}: {_words(read)}, {gelu or read.gelu} GELU")
     named = "" if words is not None else " --tokenizer NAME"
-    print(
-        f"it opens with  python run.py --model {folder}{named}  and  AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    )
+    print(f"it opens with  python run.py --model {folder}{named}")
+    print(f"    and with  AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 
 def _refuse_existing(path: Path) -> None:
@@ -92,7 +93,7 @@ def _training(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{folder / FACTS} is not what train-lm writes: remove it, and the model is written all the same"
-        )
+        ) from None
 
 
 def _tokenizer(checkpoint: Path, name: str | None) -> PreTrainedTokenizerBase | None:

@@ -13,7 +13,8 @@ from sparse_coding.__main__ import main
 from sparse_coding.activations.models import bundled_models, load_model
 from sparse_coding.activations.tokenizers import load_tokenizer, train_byte_bpe
 from sparse_coding.errors import UserError
-from sparse_coding.formats.nanogpt import read_checkpoint, read_facts
+from sparse_coding.formats.nanogpt import read_checkpoint
+from sparse_coding.formats.nanogpt_file import read_facts
 from sparse_coding.language_models.exchange import export_nanogpt, import_nanogpt
 from tests.formats.nanogpt_oracle import CONFIG, NanoGPT, checkpoint, saved, tokens_for
 
@@ -35,7 +36,7 @@ def test_a_checkpoint_becomes_a_folder_that_every_tool_opens(char_checkpoint, tm
     said = capsys.readouterr().out
     assert "update 1,000, n_layer=3, n_head=4, n_embd=16, block_size=12, bias=False, vocab_size=27" in said
     assert "exact GELU" in said
-    assert f"run.py --model {folder}  and" in said
+    assert f"run.py --model {folder}\n" in said
     oracle = NanoGPT(False, vocab=27)
     tokens = tokens_for(oracle)
     for model in (AutoModelForCausalLM.from_pretrained(folder), load_model(folder, device="cpu").hf):

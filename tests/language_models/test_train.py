@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,15 +33,8 @@ def test_a_config_and_a_text_become_a_hugging_face_folder(tmp_path, text, config
     assert facts.validation_loss < facts.unigram - 1.0
     assert facts.trigram < facts.bigram < facts.unigram
     files = {path.name for path in out.iterdir()}
-    assert files >= {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "README.md",
-        card.FACTS,
-        training_state.LOG,
-        card.CURVE,
-    }
+    assert files >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert files >= {card.FACTS, card.CURVE, training_state.LOG}
     assert training_state.STATE not in files
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -174,3 +169,97 @@ def test_a_folder_of_something_else_is_never_written_into(tmp_path, text, config
     with pytest.raises(UserError, match="is a file; name a folder"):
         train.train_lm(config_path, {}, text, config_path)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["README.md"]
+
+
+# --- the keys of nanoGPT's train.py that name things and places ------------------------------------------------------
+
+
+def test_training_can_start_from_another_model(tmp_path, text, config_path):
+    """`init_from` a folder: its weights, its shape, its tokenizer; the loss goes on where that model was."""
+    first = train.train_lm(config_path, {}, text, tmp_path / "first", vocab_size=270)
+    assert first is not None
+    settings = {"init_from": str(tmp_path / "first"), "learning_rate": 1e-4, "warmup_iters": 0, "max_iters": 3}
+    tokenizer = str(tmp_path / "first")
+    second = train.train_lm(config_path, {**settings, "n_layer": 7}, text, tmp_path / "second", tokenizer)
+    assert second is not None
+    log = [json.loads(line) for line in (tmp_path / "second" / training_state.LOG).read_text().splitlines()]
+    assert abs(log[0]["val_loss"] - first.validation_loss) < 0.1
+    assert log[0]["val_loss"] < first.unigram - 0.5
+    assert second.config["n_layer"] == 2, "the shape is that of the model"
+    again = train.train_lm(config_path, {**settings, "n_layer": 7}, text, tmp_path / "second", tokenizer)
+    assert again == second
+    with pytest.raises(UserError, match=r"knows 270 tokens and the text has 279: give its own tokenizer"):
+        train.train_lm(config_path, settings, text, tmp_path / "third", vocab_size=300)
+    with pytest.raises(UserError, match=r"init_from = 'scrach' is neither .*did you mean 'scratch'"):
+        train.train_lm(config_path, {"init_from": "scrach"}, text, tmp_path / "third", vocab_size=300)
+
+
+def test_resume_needs_something_to_resume(tmp_path, text, config_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"init_from = 'resume', but .* holds no run to go on with"):
+        train.train_lm(config_path, {"init_from": "resume"}, text, out, vocab_size=300)
+    monkeypatch.setattr(updates.Trainer, "update", raising(3, updates.Trainer.update))
+    monkeypatch.setattr("sparse_coding.language_models.loop.Run.save_is_late", lambda run: True)
+    with pytest.raises(RuntimeError):
+        train.train_lm(config_path, {}, text, out, vocab_size=300)
+    monkeypatch.undo()
+    facts = train.train_lm(config_path, {"init_from": "resume"}, text, out, vocab_size=300)
+    assert facts is not None
+    assert facts.iterations == 60
+
+
+def raising(at, update):
+    def killed(self, iteration):
+        if iteration == at:
+            raise RuntimeError("killed")
+        return update(self, iteration)
+
+    return killed
+
+
+def test_eval_only_trains_and_writes_nothing(tmp_path, text, config_path, capsys):
+    out = tmp_path / "out"
+    assert train.train_lm(config_path, {"eval_only": True}, text, out, vocab_size=300) is None
+    assert "after 0 updates: train_loss 5.6" in capsys.readouterr().out
+    assert [path.name for path in out.iterdir()] == [training_state.STATE], "the tokenizer is kept for the real run"
+
+
+def test_the_folder_is_the_configs_unless_another_is_given(tmp_path, text, config_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.train_lm(config_path, {"out_dir": "there", "max_iters": 2, "eval_only": True}, text, vocab_size=300)
+    train.train_lm(config_path, {"max_iters": 2, "eval_only": True}, text, vocab_size=300)
+    assert (tmp_path / "there").is_dir()
+    assert (tmp_path / "outputs" / "tiny").is_dir()
+
+
+def test_a_data_set_by_its_name_or_its_path(tmp_path, config_path, monkeypatch, capsys):
+    """nanoGPT's layout as nanoGPT leaves it for characters: two files of ids and meta.pkl."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "letters"
+    folder.mkdir(parents=True)
+    ids = np.tile([0, 1, 2, 1, 0, 2, 3], 300).astype("<u2")
+    ids[:1800].tofile(folder / "train.bin")
+    ids[1800:].tofile(folder / "val.bin")
+    stoi = {"a": 0, "b": 1, "c": 2, "\n": 3}
+    meta = {"vocab_size": 4, "stoi": stoi, "itos": {i: c for c, i in stoi.items()}}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    settings = {"dataset": "letters", "max_iters": 30}
+    facts = train.train_lm(config_path, settings, out=tmp_path / "out")
+    assert facts is not None
+    assert (facts.vocab_size, facts.train_tokens, facts.held_out_tokens) == (4, 1800, 300)
+    assert facts.text["source"] == "data/letters"
+    assert facts.samples[0][0] == "bcbac\nab"
+    train.main([str(config_path), "--text", str(folder), "--out", str(tmp_path / "by-path"), "--set", "max_iters=2"])
+    for flag in (["--tokenizer", "char"], ["--vocab-size", "300"]):
+        with pytest.raises(SystemExit):
+            train.main([str(config_path), "--text", str(folder), "--out", str(tmp_path / "no"), *flag])
+        assert f"error: {flag[0]} is for text, and" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"dataset = 'numbers': there is no data/numbers .* prepare-text"):
+        train.train_lm(config_path, {"dataset": "numbers"}, out=tmp_path / "no")
+
+
+def test_weights_and_biases_mirrors_the_log(tmp_path, text, config_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = {"wandb_log": True, "wandb_project": "small", "wandb_run_name": "tiny", "max_iters": 4}
+    assert train.train_lm(config_path, settings, text, tmp_path / "out", vocab_size=300) is not None
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
