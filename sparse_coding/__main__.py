@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import getdoc
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -20,12 +22,60 @@ def train_lm(arguments: Sequence[str]) -> None:
     main(list(arguments))
 
 
+def prepare_text(arguments: Sequence[str]) -> None:
+    """turn text into token files in nanoGPT's layout, or back"""
+    from sparse_coding.language_models.prepare_text import PrepareText, run
+
+    run(parse(PrepareText, arguments, "python -m sparse_coding prepare-text", getdoc(PrepareText) or ""))
+
+
+@dataclass(frozen=True)
+class ExportFlags:
+    """Write a model as a checkpoint that nanoGPT's sample.py loads and its train.py goes on with."""
+
+    model: Positional[str]
+    """A model folder (of train-lm, or any GPT-2 in Hugging Face layout), a Hugging Face name, or a bundled model."""
+    checkpoint: Positional[Path]
+    """The file to write, such as out/ckpt.pt."""
+
+
+def export_nanogpt(arguments: Sequence[str]) -> None:
+    """write a model as a checkpoint of nanoGPT"""
+    flags = parse(ExportFlags, arguments, "python -m sparse_coding export-nanogpt", ExportFlags.__doc__ or "")
+    from sparse_coding.language_models.exchange import export_nanogpt
+
+    export_nanogpt(flags.model, flags.checkpoint)
+
+
+@dataclass(frozen=True)
+class ImportFlags:
+    """Write a checkpoint of nanoGPT as a model folder in Hugging Face layout."""
+
+    checkpoint: Positional[Path]
+    """The checkpoint, such as out/ckpt.pt."""
+    folder: Positional[Path]
+    """The folder to make."""
+    gelu: Literal["exact", "tanh"] | None = None
+    """Form of GELU, which nanoGPT does not record: tanh until June 2023 and for GPT-2's weights, exact since. By
+    default what our exports say, else exact."""
+    tokenizer: str | None = None
+    """A tokenizer's Hugging Face name or folder; by default the one beside the checkpoint or in its data/DATASET."""
+
+
+def import_nanogpt(arguments: Sequence[str]) -> None:
+    """write a checkpoint of nanoGPT as a model folder"""
+    flags = parse(ImportFlags, arguments, "python -m sparse_coding import-nanogpt", ImportFlags.__doc__ or "")
+    from sparse_coding.language_models.exchange import import_nanogpt
+
+    import_nanogpt(flags.checkpoint, flags.folder, flags.gelu, flags.tokenizer)
+
+
 @dataclass(frozen=True)
 class SitesFlags:
     """List the sites of a model that activations can be taken from."""
 
     model: str = "python-gpt"
-    """A Hugging Face name, a local folder, or a bundled model."""
+    """A Hugging Face name, a local folder, a checkpoint of nanoGPT, or a bundled model."""
 
 
 def sites(arguments: Sequence[str]) -> None:
@@ -54,14 +104,21 @@ def report(arguments: Sequence[str]) -> None:
     print(f"report: {redraw(flags.folder)}")
 
 
-VERBS: dict[str, Callable[[Sequence[str]], None]] = {"train-lm": train_lm, "sites": sites, "report": report}
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+    "prepare-text": prepare_text,
+    "train-lm": train_lm,
+    "export-nanogpt": export_nanogpt,
+    "import-nanogpt": import_nanogpt,
+    "sites": sites,
+    "report": report,
+}
 
 
 def main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m sparse_coding VERB ... (each verb explains itself with --help)\n")
         for name, verb in VERBS.items():
-            print(f"  {name:<12} {verb.__doc__}")
+            print(f"  {name:<14} {verb.__doc__}")
         return
     if arguments[0] not in VERBS:
         raise UserError(f"unknown verb {arguments[0]!r}: have {', '.join(VERBS)}{near(arguments[0], VERBS)}")

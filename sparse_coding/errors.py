@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ def reported() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\nstopped: what was saved stays; the same command continues from there", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever read our lines has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

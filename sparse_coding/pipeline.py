@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_coding.activations.capture import rows as captured_rows
 from sparse_coding.activations.capture import splice
-from sparse_coding.activations.models import LanguageModel, load_model
+from sparse_coding.activations.models import LanguageModel, cut_padding, load_model
 from sparse_coding.activations.sites import resolve_all, site_name
 from sparse_coding.activations.stream import ActivationStream
 from sparse_coding.activations.tokenizers import load_tokenizer
@@ -24,6 +24,7 @@ from sparse_coding.config import numbers
 from sparse_coding.dictionaries import Dictionary, architecture
 from sparse_coding.errors import UserError
 from sparse_coding.evaluation import record, save_dictionaries, stability
+from sparse_coding.formats.nanogpt_file import checkpoint_file
 from sparse_coding.latents import top_contexts
 from sparse_coding.metrics.behaviour import behaviour, reconstruct_with
 from sparse_coding.metrics.reconstruction import evaluate_reconstruction
@@ -80,17 +81,20 @@ def run_folder(settings: RunSettings) -> Path:
         return settings.output.out
     model = settings.model
     where = "-".join(model.sites) or f"{'-'.join(str(layer) for layer in model.layer)}-{model.location}"
-    words = f"{Path(model.model).name}-{where}-{short_hash(settings.identity())}"
+    named = Path(model.model).parent if checkpoint_file(model.model) else Path(model.model)  # out-owt/ckpt.pt
+    words = f"{named.resolve().name}-{where}-{short_hash(settings.identity())}"
     return Path("outputs") / re.sub(r"[^A-Za-z0-9._-]+", "_", words)
 
 
 def capture(settings: RunSettings) -> Captured:
     """Load the model, tokenize the text, and set up the stream of activations; nothing is trained yet."""
     flags = settings.model
-    model = load_model(flags.model, device=flags.device, dtype=flags.model_dtype)
+    model = load_model(flags.model, device=flags.device, dtype=flags.model_dtype, gelu=flags.gelu)
     names = list(flags.sites) or [site_name(model, layer, flags.location) for layer in flags.layer]
     resolve_all(model, names)  # a wrong name is an error before any text is read
-    tokenizer = load_tokenizer(model.path)
+    tokenizer = load_tokenizer(flags.tokenizer or model.path)
+    if flags.tokenizer or model.from_nanogpt:
+        cut_padding(model, tokenizer)
     text = settings.text_settings()
     context = settings.text.context
     if context is None:

@@ -12,6 +12,8 @@ from sparse_coding.activations.models import bundled_models
 from sparse_coding.activations.text import TextSettings
 from sparse_coding.config import count, numbers, to_dict
 from sparse_coding.errors import UserError
+from sparse_coding.files import file_sha256
+from sparse_coding.formats.nanogpt_file import checkpoint_file
 
 DEFAULT_MODEL = "python-gpt"
 
@@ -22,7 +24,13 @@ class ModelFlags:
 
     model: str = DEFAULT_MODEL
     """A Hugging Face name (gpt2, EleutherAI/pythia-70m-deduped, bert-base-uncased), a local folder in Hugging Face
-    layout, or a bundled model (python-gpt, the default: no network needed)."""
+    layout, a checkpoint of nanoGPT (out/ckpt.pt), or a bundled model (python-gpt, the default: no network needed)."""
+    gelu: Literal["exact", "tanh"] | None = None
+    """Form of GELU in a checkpoint of nanoGPT, which does not say it: tanh until June 2023 and for GPT-2's weights,
+    exact since. By default what our exports say, else exact."""
+    tokenizer: str | None = None
+    """A tokenizer's Hugging Face name or folder; by default the model's own. That of a checkpoint of nanoGPT is looked
+    for beside it and in data/DATASET, as nanoGPT has it, and is GPT-2's where the vocabulary has its size."""
     layer: tuple[int, ...] = (2,)
     """Layers, counted from 0; several train one sweep each from the same forward passes."""
     location: Literal["mlp", "mlp_out", "attn", "attn_out", "resid_pre", "resid_mid", "resid_post"] = "mlp"
@@ -207,4 +215,7 @@ class RunSettings:
         """The settings that decide what comes out: a run can be continued with the same ones only."""
         known = to_dict(self)
         del known["output"]
+        checkpoint = checkpoint_file(self.model.model)
+        if checkpoint is not None and checkpoint.is_file():  # nanoGPT writes to the same file again and again
+            known["checkpoint_sha256"] = file_sha256(checkpoint)
         return {"kind": "run", **known}

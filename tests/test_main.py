@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from sparse_coding.__main__ import VERBS, main
 from sparse_coding.errors import UserError
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_help_lists_every_verb(capsys):
@@ -27,3 +33,10 @@ def test_sites_of_the_bundled_model_are_listed(capsys):
 def test_report_refuses_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         main(["report", str(tmp_path)])
+
+
+def test_a_reader_that_has_seen_enough_ends_the_listing_quietly():
+    command = f"{sys.executable} -m sparse_coding sites | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout == "hook_embed\n"
+    assert done.stderr == ""

@@ -1,4 +1,5 @@
-"""Language models to study: anything `transformers` loads from safe files, frozen and in eval mode.
+"""Language models to study: anything `transformers` loads from safe files, and nanoGPT's checkpoints, frozen and in
+eval mode.
 
 Code that comes with a model is never run (`trust_remote_code` stays off), and pickled weights are read by torch's
 restricted unpickler alone. Attention is SDPA wherever the architecture has it, which is the library's own default.
@@ -20,10 +21,12 @@ from torch import nn
 
 from sparse_coding.device import pick_device
 from sparse_coding.errors import UserError, near
+from sparse_coding.formats.nanogpt import read_checkpoint
+from sparse_coding.formats.nanogpt_file import Gelu, checkpoint_file
 from sparse_coding.hub import offline_if_unreachable
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Kind = Literal["causal", "masked"]
@@ -39,7 +42,7 @@ class LanguageModel:
 
     hf: PreTrainedModel  # eval mode, no gradients
     name: str  # as the user gave it
-    path: str  # where it was loaded from: a folder or a hub name; its tokenizer is there too
+    path: str  # where it was loaded from: a folder, a hub name or a checkpoint; `load_tokenizer` takes it too
     kind: Kind | None  # how it predicts tokens; None: it has no head that does, or not a trained one
 
     @classmethod
@@ -76,6 +79,11 @@ class LanguageModel:
         return self.kind == "causal"
 
     @property
+    def from_nanogpt(self) -> bool:
+        """Whether it is a checkpoint of nanoGPT, or a folder that was imported from one."""
+        return getattr(self.config, "nanogpt", None) is not None
+
+    @property
     def vocab_size(self) -> int:
         """How many tokens the model takes, read from the embedding itself."""
         return self.hf.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
@@ -95,17 +103,26 @@ def bundled_models() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(ASSETS.glob("*/config.json"))}
 
 
-def load_model(name: str | Path, *, device: str = "auto", dtype: Dtype = "auto") -> LanguageModel:
-    """Load a bundled model, a local folder in Hugging Face layout, or a model of the hub by name.
+def load_model(
+    name: str | Path, *, device: str = "auto", dtype: Dtype = "auto", gelu: Gelu | None = None
+) -> LanguageModel:
+    """Load a bundled model, a local folder in Hugging Face layout, a model of the hub by name, or nanoGPT's `ckpt.pt`.
 
     dtype "auto" is bfloat16 on a CUDA GPU that has it, float32 elsewhere. A model in the hub's local cache loads with
-    no network. Raises UserError, in one line, when there is no such model or it is of a kind that does not work here.
+    no network. gelu: the form of GELU in a checkpoint of nanoGPT, which does not say it; None is what our exports say,
+    else exact. Raises UserError, in one line, when there is no such model or it is of a kind that does not work here.
     """
     if dtype not in get_args(Dtype):
         raise UserError(f"the model's dtype is {dtype!r}: allowed are {', '.join(get_args(Dtype))}")
     from safetensors import SafetensorError
 
     where = pick_device(device)
+    file = checkpoint_file(name)
+    if file:
+        hf = read_checkpoint(file, gelu).model.to(where, _torch_dtype(dtype, where))  # type: ignore[arg-type]
+        return LanguageModel.of(hf, str(name), str(file.resolve()))
+    if gelu is not None:
+        raise UserError(f"--gelu {gelu} is for checkpoints of nanoGPT (.pt): model {str(name)!r} says its own form")
     folder = _folder(str(name))
     path = str(folder or name)
     with _quiet(), nullcontext() if folder else offline_if_unreachable():
@@ -114,6 +131,36 @@ def load_model(name: str | Path, *, device: str = "auto", dtype: Dtype = "auto")
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, UnpicklingError, SafetensorError) as error:
             raise UserError(_reason(str(name), folder, error)) from None
     return LanguageModel.of(hf.to(where), str(name), path)  # type: ignore[arg-type]
+
+
+def tokens_given(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids a tokenizer gives; raises `UserError` where the model takes fewer."""
+    given = max(tokenizer.get_vocab().values()) + 1
+    if given > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {given:,} tokens, model {model.name!r} has {model.vocab_size:,}: it was trained with "
+            "another tokenizer; name that with --tokenizer"
+        )
+    return given
+
+
+def cut_padding(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Cut the ids that no token has off a model that comes from nanoGPT, in place: they would take probability.
+
+    nanoGPT rounds GPT-2's 50,257 tokens up to 50,304. Models from elsewhere stay as they are. Raises `UserError` where
+    the tokenizer has more tokens than the model.
+    """
+    known, given = model.vocab_size, tokens_given(model, tokenizer)
+    if given == known or not model.from_nanogpt:
+        return
+    print(f"model {model.name}: {known - given:,} of its {known:,} tokens are padding, and left out")
+    embedding: Any = model.hf.get_input_embeddings()
+    unembedding: Any = model.hf.get_output_embeddings()
+    tied = unembedding.weight is embedding.weight
+    embedding.weight = nn.Parameter(embedding.weight[:given].clone(), requires_grad=False)
+    cut = embedding.weight if tied else nn.Parameter(unembedding.weight[:given].clone(), requires_grad=False)
+    unembedding.weight = cut
+    embedding.num_embeddings = unembedding.out_features = model.config.vocab_size = given
 
 
 def _folder(name: str) -> Path | None:

@@ -7,13 +7,16 @@ Training is deterministic: the same documents in the same order give the same fi
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_coding.errors import UserError, near
+from sparse_coding.formats.nanogpt_file import checkpoint_file, read_facts
+from sparse_coding.formats.nanogpt_meta import META, read_meta
 from sparse_coding.hub import offline_if_unreachable
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ END_OF_TEXT = "<|endoftext|>"  # GPT-2's separator; documents end with it
 UNKNOWN = "<|unknown|>"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")  # one of them makes a folder with a tokenizer
 SMALLEST_BPE = 257  # 256 bytes and the separator
+GPT2_SIZES = (50257, 50304)  # as it is, and as nanoGPT rounds it up
 
 
 def train_byte_bpe(documents: Iterable[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerFast:
@@ -57,30 +61,49 @@ def character_tokenizer(documents: Iterable[str], folder: Path) -> PreTrainedTok
     A character that `documents` do not hold becomes the unknown token, one for one: positions stay those of the text.
     Raises `UserError` for no text.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
     seen: set[str] = set()
     for document in documents:
         seen.update(document)
     if not seen:
         raise UserError("a tokenizer cannot be made from no text: the documents are empty")
-    vocabulary = {token: index for index, token in enumerate([END_OF_TEXT, UNKNOWN, *sorted(seen)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()  # without it decoding puts a space between characters
-    return _save(tokenizer, folder, unk_token=UNKNOWN)
+    return _save(_one_per_character([END_OF_TEXT, UNKNOWN, *sorted(seen)]), folder, unk_token=UNKNOWN)
+
+
+def tokenizer_from_characters(tokens: Sequence[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of nanoGPT's character-level data sets: `tokens[i]` is the character with id i, and that is all.
+
+    No separator, no unknown token: `contexts` refuses a text with other characters and names them.
+    Raises `UserError` where the tokens are not distinct single characters.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    for index, token in enumerate(tokens):
+        if len(token) != 1 or "\ud800" <= token <= "\udfff":  # half a surrogate pair is in no text
+            raise UserError(f"token {index} of a vocabulary of characters is {token[:20]!r}, which is no character")
+    if len(set(tokens)) != len(tokens):
+        twice = next(token for index, token in enumerate(tokens) if token in tokens[:index])
+        raise UserError(f"the character {twice!r} has two ids in the vocabulary: each must stand there once")
+    return PreTrainedTokenizerFast(tokenizer_object=_one_per_character(tokens), clean_up_tokenization_spaces=False)
 
 
 def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model on the hub (or in its cache), or of a local folder. Never runs code of a repository.
+    """The tokenizer of a model on the hub (or in its cache), of a local folder, or of a checkpoint of nanoGPT.
 
+    A folder may be a data set of nanoGPT: its meta.pkl gives one token per character. The tokenizer of a checkpoint is
+    the one beside it, or of its data set (`data/DATASET` in a folder above it or in the current one), or GPT-2's where
+    the vocabulary has that size. Never runs code of a repository.
     Raises `UserError` in one line where it is missing, or the hub cannot be reached and nothing is cached.
     """
     from transformers import AutoTokenizer
 
     name = str(name_or_folder)
+    checkpoint = checkpoint_file(name)
+    if checkpoint:
+        return _of_checkpoint(checkpoint.resolve())
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if (folder / META).is_file() and not _holds_tokenizer(folder):
+            return _of_data_set(folder)
         _check_folder(folder)
         try:
             return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -89,6 +112,12 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
     if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         known = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise UserError(f"tokenizer {name!r}: no such folder{near(folder.name, known)}")
+    return _of_hub(name)
+
+
+def _of_hub(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     try:
         with offline_if_unreachable():
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -99,10 +128,58 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
         ) from None
 
 
+def _of_checkpoint(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint of nanoGPT, which names its data set and no tokenizer."""
+    facts = read_facts(path)
+    size, data_set = facts.model_args["vocab_size"], facts.config.get("dataset")
+    folders = [path.parent]
+    if isinstance(data_set, str) and re.fullmatch(r"\w[\w. -]{,99}", data_set):  # a name, not a way out of data/
+        folders += [folder / "data" / data_set for folder in (*path.parents, Path.cwd())]
+    for folder in folders:
+        if (folder / "tokenizer.json").is_file():
+            return load_tokenizer(folder)
+        if (folder / META).is_file() and (meta := read_meta(folder / META)).tokens is not None:
+            if meta.vocab_size != size:
+                raise UserError(
+                    f"checkpoint {str(path)!r} has {size:,} tokens, {str(folder / META)!r} {meta.vocab_size:,}: it was "
+                    "trained on other data; name its tokenizer with --tokenizer"
+                )
+            return _of_data_set(folder)
+    if size in GPT2_SIZES:
+        return _of_hub("gpt2")
+    where = f"beside it, nor data/{data_set} above it" if len(folders) > 1 else "beside it"
+    raise UserError(
+        f"checkpoint {str(path)!r} comes without a tokenizer: there is none {where} (tokenizer.json, or {META} with "
+        f"characters), and {size:,} tokens are not GPT-2's; name one with --tokenizer"
+    )
+
+
+def _of_data_set(folder: Path) -> PreTrainedTokenizerBase:
+    tokens = read_meta(folder / META).tokens
+    if tokens is None:
+        raise UserError(
+            f"{str(folder / META)!r} gives a vocabulary's size and not its tokens: name its tokenizer instead"
+        )
+    return tokenizer_from_characters(tokens)
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
 def _check_folder(folder: Path) -> None:
     """Without this, transformers makes up a tokenizer of one token for a folder that holds only a config."""
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if not _holds_tokenizer(folder):
         raise UserError(f"folder {str(folder)!r} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
+
+
+def _one_per_character(tokens: Sequence[str]) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()  # without it decoding puts a space between characters
+    return tokenizer
 
 
 def _save(tokenizer: Any, folder: Path, **special: str) -> PreTrainedTokenizerFast:

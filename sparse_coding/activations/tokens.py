@@ -21,7 +21,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, UInt
@@ -33,7 +33,9 @@ from sparse_coding.files import write_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
 Encode = Callable[[list[str]], list[list[int]]]
+Report = Callable[[int, str], None]
 
 FORMAT = 1  # raise when the same settings would write other tokens
 BATCH_CHARACTERS = 1_000_000  # characters tokenized at once: enough for every thread, little in memory
@@ -93,7 +95,7 @@ def contexts(
     special_tokens: False frames nothing and separates nothing, whatever the tokenizer would do.
     Raises `UserError` for text that is missing or empty and for settings that leave no room for text.
     """
-    encoder = _encoder(tokenizer)
+    encoder = encoder_of(tokenizer)
     packing = _packing(tokenizer, encoder.around if special_tokens else [], context, prepend_bos, special_tokens)
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens must be at least 1, or left out to read everything; got {max_tokens}")
@@ -116,12 +118,12 @@ def contexts(
     if not _whole(folder):
         with (
             _written_whole(folder) as writing,
-            _progress(f"{text.source} ({part})", progress) as report,
+            tokenizing(f"{text.source} ({part})", progress) as report,
             closing(_Writer(writing, packing, exclude_special)) as writer,
         ):
             _tokenize(documents(text, part), encoder.encode, writer, max_tokens, report)
             writer.finish(identity)
-            report(writer)
+            report(writer.n_tokens, writer.counts())
     return _open(folder)
 
 
@@ -144,8 +146,7 @@ def _packing(
     tokenizer: PreTrainedTokenizerBase, around: list[int], context: int, prepend_bos: bool | None, special_tokens: bool
 ) -> _Packing:
     """The frame, separator and padding of this tokenizer. Raises `UserError` where they leave no room for text."""
-    leads = bool(around) and around[0] in (tokenizer.cls_token_id, tokenizer.bos_token_id)
-    prefix, suffix = (around[:1], around[1:]) if leads else ([], around)
+    prefix, suffix = _frame(tokenizer, around)
     if prepend_bos is not None and not special_tokens:
         raise UserError(f"prepend_bos={prepend_bos} with special_tokens=False: a BOS is a special token; leave one out")
     if prepend_bos:
@@ -154,10 +155,7 @@ def _packing(
         prefix = prefix or [int(tokenizer.bos_token_id)]  # type: ignore[arg-type]
     elif prepend_bos is False and prefix == [tokenizer.bos_token_id]:
         prefix = []
-    separator = None
-    if special_tokens:
-        separator = suffix[-1] if suffix else tokenizer.eos_token_id
-        separator = tokenizer.sep_token_id if separator is None else separator
+    separator = separator_of(tokenizer, around) if special_tokens else None
     known = (tokenizer.pad_token_id, separator, 0)
     padding = next(int(token) for token in known if token is not None)  # type: ignore[arg-type]
     smallest = len(prefix) + len(suffix) + 1
@@ -167,14 +165,26 @@ def _packing(
     return _Packing(context, prefix, suffix, separator, padding, dtype)  # type: ignore[arg-type]
 
 
+def _frame(tokenizer: PreTrainedTokenizerBase, around: list[int]) -> tuple[list[int], list[int]]:
+    leads = bool(around) and around[0] in (tokenizer.cls_token_id, tokenizer.bos_token_id)
+    return (around[:1], around[1:]) if leads else ([], around)
+
+
+def separator_of(tokenizer: PreTrainedTokenizerBase, around: list[int]) -> int | None:
+    """The token that ends documents; `around` is what the tokenizer puts around every text (`Encoder.around`)."""
+    _, suffix = _frame(tokenizer, around)
+    known = (*suffix[-1:], tokenizer.eos_token_id, tokenizer.sep_token_id)
+    return next((int(token) for token in known if token is not None), None)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
-class _Encoder:
+class Encoder:
     encode: Encode  # texts to token ids without special tokens, on every core
     around: list[int]  # the special tokens that the tokenizer puts around every text
     sha256: str  # of all that decides the ids
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase) -> _Encoder:
+def encoder_of(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """What a tokenizer does, on a copy of it: truncation left on in the caller's cuts nothing, and stays on there."""
     if not tokenizer.is_fast:
         with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +192,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> _Encoder:
             files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
             content = b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in files)
         slow = partial(tokenizer, add_special_tokens=False, truncation=False, verbose=False)
-        return _Encoder(
+        return Encoder(
             encode=lambda texts: slow(texts)["input_ids"],  # type: ignore[return-value]
             around=list(tokenizer("")["input_ids"]),  # type: ignore[arg-type]
             sha256=hashlib.sha256(content).hexdigest(),
@@ -196,13 +206,22 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> _Encoder:
     copy.encode_special_tokens = True
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in copy.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in copy.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library has no class of its own for this
+            unknown = sorted({character for text in texts for character in text} - copy.get_vocab().keys())
+            if "[UNK]" not in str(error) or not unknown:
+                raise
+            raise UserError(
+                f"the text holds {len(unknown)} characters that the tokenizer does not know, such as "
+                f"{', '.join(map(repr, unknown[:5]))}: read other text, or take them out"
+            ) from None
 
-    return _Encoder(encode, copy.encode("").ids, hashlib.sha256(copy.to_str().encode()).hexdigest())
+    return Encoder(encode, copy.encode("").ids, hashlib.sha256(copy.to_str().encode()).hexdigest())
 
 
 @contextmanager
-def _all_cores() -> Iterator[None]:
+def all_cores() -> Iterator[None]:
     """The `tokenizers` library stops using threads after a fork unless this variable says otherwise."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = before or "true"
@@ -216,13 +235,13 @@ def _all_cores() -> Iterator[None]:
 # ---- packing
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def batches_of(texts: Iterable[T], length: Callable[[T], int] = len) -> Iterator[list[T]]:  # type: ignore[assignment]
     """Documents in lists of about `BATCH_CHARACTERS`, so that memory does not grow with the text."""
-    batch: list[str] = []
+    batch: list[T] = []
     characters = 0
     for document in texts:
         batch.append(document)
-        characters += len(document)
+        characters += length(document)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -230,14 +249,12 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _tokenize(
-    texts: Iterable[str], encode: Encode, writer: _Writer, max_tokens: int | None, report: Callable[[_Writer], None]
-) -> None:
-    with _all_cores():
-        for batch in _batches(texts):
+def _tokenize(texts: Iterable[str], encode: Encode, writer: _Writer, max_tokens: int | None, report: Report) -> None:
+    with all_cores():
+        for batch in batches_of(texts):
             left = None if max_tokens is None else max_tokens - writer.n_tokens
             writer.add(batch, encode(batch), left)
-            report(writer)
+            report(writer.n_tokens, writer.counts())
             if writer.n_tokens == max_tokens:
                 return
 
@@ -291,6 +308,12 @@ class _Writer:
         self.mask.write(kept.tobytes())
         self.n_contexts += len(body)
         self.n_padding += padding
+
+    def counts(self) -> str:
+        return (
+            f"{self.n_documents:,} documents, {self.n_characters:,} characters, {self.n_contexts:,} contexts, "
+            f"{self.n_padding} positions of padding"
+        )
 
     def finish(self, identity: dict[str, Any]) -> None:
         """Pad the last context, check the sums, and write the facts; after this the folder is whole."""
@@ -387,10 +410,11 @@ def _open(folder: Path) -> Contexts:
 
 
 @contextmanager
-def _progress(what: str, shown: bool) -> Iterator[Callable[[_Writer], None]]:
-    """A line that is rewritten on a terminal, a line every few seconds elsewhere, and one at the end in both."""
+def tokenizing(what: str, shown: bool = True, done: int = 0) -> Iterator[Report]:
+    """Report (tokens, other counts): a line that is rewritten on a terminal, a line every few seconds elsewhere, and
+    one at the end in both. done: tokens of an earlier start."""
     if not shown:
-        yield lambda writer: None
+        yield lambda n_tokens, counts: None
         return
     from rich.console import Console
 
@@ -398,14 +422,11 @@ def _progress(what: str, shown: bool) -> Iterator[Callable[[_Writer], None]]:
     start = told = time.perf_counter()
     line = f"tokenizing {what}"
 
-    def report(writer: _Writer) -> None:
+    def report(n_tokens: int, counts: str) -> None:
         nonlocal told, line
         now = time.perf_counter()
-        line = (
-            f"tokenizing {what}: {writer.n_tokens:,} tokens, {writer.n_tokens / (now - start):,.0f} tokens/s, "
-            f"{now - start:.1f} s; {writer.n_documents:,} documents, {writer.n_characters:,} characters, "
-            f"{writer.n_contexts:,} contexts, {writer.n_padding} positions of padding"
-        )
+        rate = (n_tokens - done) / (now - start)
+        line = f"tokenizing {what}: {n_tokens:,} tokens, {rate:,.0f} tokens/s, {now - start:.1f} s; {counts}"
         if status is not None:
             status.update(line)
         elif now - told >= REPORT_SECONDS:

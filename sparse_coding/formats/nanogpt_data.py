@@ -53,7 +53,7 @@ def stored(ids: Ids) -> np.dtype:
 
 @dataclass
 class Counts:
-    """What went into one file; tokens with the separators."""
+    """What went into one file; separators count as tokens."""
 
     documents: int = 0
     characters: int = 0
@@ -131,7 +131,7 @@ def read_facts(folder: Path) -> Facts | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         version = data["format"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not what prepare-text writes: prepare the data again") from None
+        raise UserError(f"{path} is not what prepare-text writes: remove it, or prepare the data again") from None
     if version != FORMAT:
         raise UserError(f"{path} has format {version!r}, this version reads {FORMAT}: prepare the data again")
     return from_dict(Facts, data, f"{path}: ")
@@ -150,8 +150,11 @@ def open_file(folder: Path, name: str, facts: Facts | None) -> UInt[np.ndarray, 
     """Map train.bin or val.bin. Raises `UserError` where it is missing, empty, or not as long as it should be."""
     path, known = folder / name, None if facts is None else facts.train if name == TRAIN else facts.val
     if not path.is_file():
-        why = "nothing was held out when it was prepared" if facts and name == VAL and known is None else "it is needed"
-        raise UserError(f"{folder} has no {name} ({why}): prepare it with `python -m sparse_coding prepare-text`")
+        if facts is not None and known is None:
+            raise UserError(
+                f"{folder} has no {name}: it was prepared with --held-out 0; prepare it with a share like 0.05"
+            )
+        raise UserError(f"{folder} has no {name}: `python -m sparse_coding prepare-text` makes {TRAIN} and {VAL}")
     dtype, size = stored(facts.dtype if facts else "uint16"), path.stat().st_size
     if known is not None and size != known.tokens * dtype.itemsize:
         expected = known.tokens * dtype.itemsize
@@ -206,7 +209,7 @@ class TokenFile:
         if size < wanted:
             self._file.close()
             raise UserError(
-                f"{self.part} has {size:,} bytes, and {wanted:,} were written: delete {self.path.parent} and start again"
+                f"{self.part} has {size:,} bytes, and {wanted:,} were written: delete the folder and start again"
             )
         self._file.truncate(wanted)
         self._file.seek(wanted)

@@ -17,11 +17,12 @@ from sparse_coding.errors import UserError
 
 META = "meta.pkl"
 LARGEST = 1 << 26  # bytes; 65,536 tokens with their texts take about two million
-PLAIN = frozenset(
-    "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT "
-    "BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND "
-    "APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET".split()
-)
+PLAIN = {"PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP"}
+PLAIN |= {"NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
+PLAIN |= {"FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+PLAIN |= {"EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"}
+PLAIN |= {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+PLAIN |= {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"}
 NUMBERED = ("PUT", "LONG_BINPUT")  # the unpickler makes room for as many objects as the number says
 
 
@@ -51,7 +52,7 @@ def read_meta(path: Path) -> Meta:
             raise UserError(f"{what} is larger than {LARGEST:,} bytes: no meta.pkl of nanoGPT is")
         content = path.read_bytes()
         for opcode, argument, _ in pickletools.genops(content):
-            if opcode.name not in PLAIN or (opcode.name in NUMBERED and argument > len(content)):
+            if opcode.name not in PLAIN or (opcode.name in NUMBERED and int(argument or 0) > len(content)):
                 raise pickle.UnpicklingError(f"it holds {opcode.name} {'' if argument is None else argument}")
         data = _PlainOnly(io.BytesIO(content)).load()
     except UserError:

@@ -1,25 +1,22 @@
 """Text to a folder of tokens in nanoGPT's layout, and back: what `prepare-text` does.
 
-One pass over the documents writes both files; memory holds a batch of them. What is written, and how far it reaches
-into the text, is noted every few seconds, so a command that was stopped or killed goes on where it was and ends with
-the files, byte for byte, of one that never stopped.
+One pass over the documents writes both files; memory holds a batch of them. How far the files reach into the text is
+noted every few seconds, so a command that was stopped or killed goes on where it was, and ends with the files, byte
+for byte, of one that never stopped.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain, islice, takewhile
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import IO, Any
 
 from sparse_coding.activations.text import (
     PYTHON_DOCS,
@@ -29,60 +26,152 @@ from sparse_coding.activations.text import (
     documents_of_both,
     text_identity,
 )
-from sparse_coding.activations.token_folder import decoder_of
 from sparse_coding.activations.tokenizers import character_tokenizer, load_tokenizer, train_byte_bpe
-from sparse_coding.activations.tokens import Encoder, all_cores, batches_of, encoder_of, separator_of, tokenizing
 from sparse_coding.errors import Interrupted, UserError
 from sparse_coding.files import write_text
-from sparse_coding.formats import nanogpt_data as layout
-from sparse_coding.formats.nanogpt_data import Counts, Facts, TokenFile
+from sparse_coding.formats.nanogpt_data import FACTS, TRAIN, UNFINISHED, VAL, Counts, Facts, read_facts
 from sparse_coding.language_models.loop import stop_requests
+from sparse_coding.language_models.tokenize_text import Asked, tokenize
 from sparse_coding.training.run_folder import differences
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-FILES: dict[Part, str] = {"train": layout.TRAIN, "held_out": layout.VAL}
+PARTS: tuple[Part, ...] = ("train", "held_out")
 TEXT_FILES = (".jsonl", ".txt")  # an --out that ends so is text
-LEARNT_FROM = 200_000_000  # characters that byte pairs are learnt from; the words of more text need ever more memory
-SAVE_SECONDS = 10.0
-GPT2_TOKENS = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"  # sha256 of GPT-2's, in order of id
+LEARNT_FROM = 200_000_000  # characters that byte pairs are learnt from; the words of more would fill the memory
 
 
 def prepare_text(text: TextSettings, out: Path, tokenizer: str = "bpe", vocab_size: int | None = None) -> Facts:
-    """Tokenize a text into `out` (see `formats/nanogpt_data.py`), or go on with it, and say what came of it.
+    """Tokenize a text into the folder `out` (`formats/nanogpt_data.py` has its layout), or go on with it.
 
     tokenizer: `bpe` is learnt from the training part, `char` has every character of the text, anything else is loaded.
-    vocab_size: of `bpe`, 2048 if None. Raises `UserError` for wrong settings and for a folder that holds anything
-    else, `Interrupted` when stopped.
+    vocab_size: of `bpe`, 2048 if None. Raises `UserError` for settings that make no sense and for a folder that holds
+    anything else, `Interrupted` when stopped.
     """
     if vocab_size is not None and tokenizer != "bpe":
         raise UserError(f"--vocab-size is for --tokenizer bpe; {tokenizer!r} has its own vocabulary")
-    settings = {"text": text_identity(text), "held_out": text.held_out, "tokenizer": tokenizer}
-    settings |= {"vocab_size": vocab_size}
-    begun = _begun(out, settings)
-    if (out / layout.FACTS).is_file():
-        facts = layout.read_facts(out)
-        assert facts is not None
-        (out / layout.UNFINISHED).unlink(missing_ok=True)  # the last step, if a kill came before it
+    settings = {
+        "text": text_identity(text),
+        "held_out": text.held_out,
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+    }
+    facts = read_facts(out) if (out / FACTS).is_file() else None
+    new = _is_new(out, facts, settings)
+    if facts is not None:
+        (out / UNFINISHED).unlink(missing_ok=True)  # the last step; a kill may have come before it
         print(f"{out} is prepared already: {_words(facts)}")
         return facts
     with stop_requests() as asked:
         rows = documents_of_both(text)  # opened before anything is written
-        if not begun:
+        if new:
             _begin(out, settings, text, asked)
         try:
-            facts = _Preparation(out, settings, text, asked).run(rows)
+            counts = _counts(out)
+            facts = tokenize(rows, out, counts, settings, lambda: _note(out, settings, counts), asked)
+            (out / UNFINISHED).unlink()
         except UserError:
-            if not begun and not any(counts.documents for counts in _counts(out).values()):
+            if new and not any(counts.documents for counts in _counts(out).values()):
                 shutil.rmtree(out)  # a mistake found before anything was done leaves nothing behind
             raise
     print(f"{out}: {_words(facts)}")
     return facts
 
 
+# ---- the folder
+
+
+def _is_new(out: Path, facts: Facts | None, settings: dict[str, Any]) -> bool:
+    """Whether nothing is there yet. Raises `UserError` unless it is nothing, or what these settings began."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return True
+    if facts is None and not (out / UNFINISHED).is_file():
+        kind = "holds other files" if out.is_dir() else "is a file"
+        raise UserError(f"--out {out} {kind}: name a new folder for tokens, or a new file ending in .jsonl or .txt")
+    before = facts.made_from if facts else _noted(out)["made_from"]
+    changed = differences(before, json.loads(json.dumps(settings)))
+    if changed:
+        raise UserError(
+            f"{out} was made by another command ({'; '.join(changed)}): give the same again to go on, name another "
+            "--out, or delete the folder"
+        )
+    return False
+
+
+def _begin(out: Path, settings: dict[str, Any], text: TextSettings, asked: Asked) -> None:
+    """Make the folder, with the tokenizer and the note that nothing is written yet; it appears whole."""
+    out = out.resolve()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writing = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}): name another folder") from None
+    try:
+        _save_tokenizer(writing, settings["tokenizer"], settings["vocab_size"], text, asked)
+        _note(writing, settings, {part: Counts() for part in PARTS})
+        writing.chmod(0o755)
+        writing.replace(out)  # an empty folder gives way
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+
+
+def _save_tokenizer(folder: Path, name: str, vocab_size: int | None, text: TextSettings, asked: Asked) -> None:
+    def read(part: Part) -> Iterator[str]:
+        yield from takewhile(lambda _: not asked(), documents(text, part))
+        if asked():
+            raise Interrupted("the vocabulary was not learnt yet; start the same command again")
+
+    if name == "bpe":
+        print(f"learning {vocab_size or 2048:,} tokens from the training text ...", flush=True)
+        train_byte_bpe(_first(read("train"), LEARNT_FROM), vocab_size or 2048, folder)
+    elif name == "char":
+        print("collecting the characters of the text ...", flush=True)
+        character_tokenizer(read("all"), folder)
+    else:
+        load_tokenizer(name).save_pretrained(folder)
+
+
+def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def _note(out: Path, settings: dict[str, Any], counts: dict[Part, Counts]) -> None:
+    said = {name: asdict(value) for name, value in counts.items()}
+    write_text(out / UNFINISHED, json.dumps({"made_from": settings, "counts": said}, indent=1))
+
+
+def _counts(out: Path) -> dict[Part, Counts]:
+    """What was in each file when it was noted last."""
+    return {part: Counts(**_noted(out)["counts"][part]) for part in PARTS}
+
+
+def _noted(out: Path) -> dict[str, Any]:
+    return json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
+
+
+def _words(facts: Facts) -> str:
+    said = [
+        f"{name} {file.tokens:,} tokens ({file.documents:,} documents, {file.characters:,} characters)"
+        for name, file in ((TRAIN, facts.train), (VAL, facts.val))
+        if file is not None
+    ]
+    said.append(f"a vocabulary of {facts.vocab_size:,}")
+    if facts.dtype == "uint32":
+        said.append("\nnote: that many ids need uint32, which train-lm reads and nanoGPT does not")
+    if facts.val is None:
+        said.append("\nnote: there is no val.bin, which nanoGPT needs: --held-out is 0")
+    if facts.separator is None:
+        said.append("\nnote: the tokenizer has no end-of-text token, so documents run into one another")
+    return ", ".join(said).replace(", \n", "\n")
+
+
+# ---- back to text
+
+
 def write_back(text: TextSettings, out: Path) -> None:
-    """Write a text as one file: .jsonl has a document per line, .txt all of them end to end.
+    """Write a text into one file: .jsonl has one document per line, .txt has them end to end.
 
     Every document is written, in order; of a data folder those of train.bin, then those of val.bin. The file appears
     whole or not at all. Raises `UserError` for a file that exists, `Interrupted` when stopped.
@@ -93,9 +182,89 @@ def write_back(text: TextSettings, out: Path) -> None:
     rows = documents(text, "all")
     with stop_requests() as asked, _written_whole(out) as file:
         for document in takewhile(lambda _: not asked(), rows):
-            file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n" if out.suffix == ".jsonl" else document)
+            file.write(document if out.suffix == ".txt" else json.dumps({"text": document}, ensure_ascii=False) + "\n")
             count += 1
             characters += len(document)
         if asked():
             raise Interrupted(f"{out} is not written; start the same command again")
     print(f"{out}: {count:,} documents, {characters:,} characters")
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[IO[str]]:
+    """A file to write text into, as it is, that takes its name when all is done, or vanishes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+# ---- the verb
+
+
+@dataclass(frozen=True)
+class PrepareText:
+    """Turn text into token files in nanoGPT's layout (train.bin, val.bin), or such a folder back into text.
+
+    What it makes is trained on with `train-lm CONFIG --text data/NAME`, or by nanoGPT with `--dataset=NAME`. A command
+    that was stopped or killed goes on when it is started again. An --out that ends in .jsonl or .txt is text again.
+
+    Examples:
+      prepare-text --text Skylion007/openwebtext --streaming --tokenizer gpt2 --held-out 0.0005 --out data/openwebtext
+      prepare-text --text shakespeare.txt --tokenizer char --out data/shakespeare
+      prepare-text --text data/shakespeare --out shakespeare.jsonl
+    """
+
+    out: Path
+    """A new folder, as data/NAME, or the one that this same command began; or a file to write the text back into:
+    .jsonl with one document per line, .txt with all of them end to end."""
+    text: str = PYTHON_DOCS
+    """python-docs (comes with Python), a file or folder of text, a data set on the hub by name, or a folder with
+    train.bin, of ours or nanoGPT's own (documents of train.bin, then of val.bin)."""
+    tokenizer: str | None = None
+    """bpe (byte pairs learnt from the training text, the default), char (one token per character), gpt2, or any on the
+    hub or in a folder. nanoGPT samples from bpe only with prompts of characters that are tokens by themselves."""
+    vocab_size: int | None = None
+    """Tokens that bpe learns; 2048 if not given. A large vocabulary makes a small model mostly embedding."""
+    held_out: float = 0.05
+    """Share of the documents that go into val.bin. The text of a folder with a val.bin of its own keeps its split."""
+    text_config: str | None = None
+    """Configuration of the data set, as wikitext-103-raw-v1."""
+    text_split: str = "train"
+    """Split of the data set to read; held-out documents are taken from it."""
+    text_column: str | None = None
+    """Column that holds the text, if it is not `text` or the only column of strings."""
+    max_documents: int | None = None
+    """Read only so many documents (of each file, where the text is a folder with train.bin and val.bin)."""
+    streaming: bool = False
+    """Read a data set of the hub while it downloads, keeping nothing of it on disk."""
+
+
+def run(flags: PrepareText) -> None:
+    """Prepare the text, or write it back."""
+    text = TextSettings(
+        source=flags.text,
+        config=flags.text_config,
+        split=flags.text_split,
+        column=flags.text_column,
+        streaming=flags.streaming,
+        max_documents=flags.max_documents,
+        held_out=flags.held_out,
+    )
+    if flags.out.suffix in (".gz", ".json", ".parquet", ".bin"):
+        raise UserError(f"--out {flags.out}: text is written as .jsonl or .txt, tokens into a folder such as data/NAME")
+    if flags.out.suffix in TEXT_FILES:
+        if flags.tokenizer is not None or flags.vocab_size is not None:
+            given = "--vocab-size" if flags.tokenizer is None else "--tokenizer"
+            raise UserError(f"--out {flags.out} is text, which has no tokens: leave {given} out, or name a folder")
+        write_back(text, flags.out)
+    else:
+        prepare_text(text, flags.out, flags.tokenizer or "bpe", flags.vocab_size)

@@ -47,6 +47,15 @@ class Processes:
         if self.size > 1:
             dist.barrier()
 
+    @contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """Inside, the first process alone, then all others at once: they find the files that it made."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
 
 ALONE = Processes()
 

@@ -31,7 +31,7 @@ from sparse_coding.language_models.loop import fit
 from sparse_coding.language_models.ngrams import baselines
 from sparse_coding.language_models.processes import Processes, processes
 from sparse_coding.language_models.trainer import Trainer
-from sparse_coding.language_models.training_state import LOG, STATE, load_state, refuse_other_run
+from sparse_coding.language_models.training_state import LOG, STATE, Progress, load_state, refuse_other_run
 from sparse_coding.training.precision import has_bf16
 
 if TYPE_CHECKING:
@@ -64,14 +64,13 @@ def train_lm(
     out = out or Path(config.out_dir or Path("outputs") / config_path.stem)
     call = f"train_lm({str(config_path)!r}, {dict(overrides)!r}, {text!r}, out={str(out)!r}, tokenizer={tokenizer!r})"
     with processes(device_for(config), config.backend) as (everyone, device):
-        if everyone.first:
-            for note in notes:
-                print(f"note: {note}")
-            refuse_foreign_folder(out)
-            corpus_of(text, tokenizer, vocab_size, config, out)  # makes the tokenizer and the tokens, for all
-        everyone.wait()
-        run = _Run(config, text, out, tokenizer, vocab_size, command or call, everyone, device)
-        return run.go()
+        with everyone.first_goes_ahead():
+            if everyone.first:
+                for note in notes:
+                    print(f"note: {note}")
+                refuse_foreign_folder(out)
+            corpus = corpus_of(text, tokenizer, vocab_size, config, out)
+        return _Run(config, text, corpus, out, tokenizer, vocab_size, command or call, everyone, device).go()
 
 
 @dataclass
@@ -80,6 +79,7 @@ class _Run:
 
     config: TrainConfig
     text: TextSettings
+    corpus: Corpus
     out: Path
     tokenizer: str | None
     vocab_size: int | None
@@ -88,7 +88,7 @@ class _Run:
     device: torch.device
 
     def go(self) -> card.Facts | None:
-        corpus = corpus_of(self.text, self.tokenizer, self.vocab_size, self.config, self.out)
+        corpus = self.corpus
         model, config = starting_model(self.config, corpus)
         asked = {"tokenizer": self.tokenizer, "vocab_size": self.vocab_size}
         identity = {**config.decisive(), **asked, "text": corpus.sha256}
@@ -98,15 +98,16 @@ class _Run:
             raise UserError(f"init_from = 'resume', but {self.out} holds no run to go on with: leave init_from out")
         dtype = precision(config, self.device)
         trainer = Trainer(config, model, corpus.train, corpus.held_out, self.device, dtype, self.everyone)
-        self.say(self.plan(trainer, corpus))
+        self.say(self.plan(trainer))
         if config.eval_only:
             return self.only_evaluate(trainer, identity)
         mirror = self.mirror(trainer) if self.everyone.first else None
         progress = fit(trainer, self.out, identity, mirror=mirror.log if mirror else None)
         if not self.everyone.first:
             return None
-        facts = self.facts(trainer, corpus, progress.seconds, progress.best_iteration)
-        self.publish(trainer, corpus, facts)
+        facts = self.facts(trainer, progress)
+        card.publish(self.out, self.out / STATE / "finished", model, corpus, facts, self.out / LOG)
+        shutil.rmtree(self.out / STATE)
         if mirror:
             mirror.finish({"held_out_loss": facts.validation_loss, "pair_counts": facts.bigram})
         print(f"{self.out}: {facts.result()}")
@@ -127,8 +128,8 @@ class _Run:
         print(f"{self.out} is trained already: {facts.result()}")
         return facts
 
-    def plan(self, trainer: Trainer, corpus: Corpus) -> str:
-        config = trainer.config
+    def plan(self, trainer: Trainer) -> str:
+        config, corpus = trainer.config, self.corpus
         return (
             f"{parameters(trainer.model):,} parameters, {corpus.vocab_size:,} tokens in the vocabulary; "
             f"{len(corpus.train):,} tokens of text, {len(corpus.held_out):,} held out; {config.max_iters:,} updates of "
@@ -153,8 +154,9 @@ class _Run:
         config = trainer.config
         return Mirror("auto", config.wandb_project, config.wandb_run_name, self.out, config.decisive())
 
-    def facts(self, trainer: Trainer, corpus: Corpus, seconds: float, best_iteration: int) -> card.Facts:
-        config, model = trainer.config, trainer.model
+    def facts(self, trainer: Trainer, progress: Progress) -> card.Facts:
+        """All that the card says, measured on the weights that are kept."""
+        config, model, corpus = trainer.config, trainer.model, self.corpus
         scored = corpus.held_out[:SCORED]
         counting = baselines(corpus.train, scored, corpus.vocab_size)
         words = corpus.tokenizer
@@ -169,14 +171,14 @@ class _Run:
             train_tokens=len(corpus.train),
             held_out_tokens=len(corpus.held_out),
             tokens_seen=config.max_iters * config.tokens_per_iteration,
-            seconds=seconds,
+            seconds=progress.seconds,
             hardware=card.hardware(self.device, self.everyone.size),
             dtype=dtype_name(trainer.dtype),
             python=platform.python_version(),
             torch=torch.__version__.partition("+")[0],
             parameters=parameters(model),
             iterations=config.max_iters,
-            kept_iteration=config.max_iters if config.always_save_checkpoint else best_iteration,
+            kept_iteration=config.max_iters if config.always_save_checkpoint else progress.best_iteration,
             validation_loss=held_out_loss(model, scored),
             scored_tokens=len(scored),
             unigram=counting.unigram,
@@ -187,11 +189,6 @@ class _Run:
             counted_tokens=counting.counted,
             samples=[] if words is None else card.samples(model.eval(), words, scored, derive(config.seed, "samples")),
         )
-
-    def publish(self, trainer: Trainer, corpus: Corpus, facts: card.Facts) -> None:
-        aside = self.out / STATE / "finished"
-        card.publish(self.out, aside, trainer.model, corpus, facts, self.out / LOG)
-        shutil.rmtree(self.out / STATE)
 
 
 def starting_model(config: TrainConfig, corpus: Corpus) -> tuple[GPT2LMHeadModel, TrainConfig]:

@@ -27,8 +27,12 @@ from transformers import (
 )
 
 from sparse_coding.activations import models as module
-from sparse_coding.activations.models import LanguageModel, bundled_models, load_model
+from sparse_coding.activations.models import LanguageModel, bundled_models, cut_padding, load_model
+from sparse_coding.activations.tokenizers import tokenizer_from_characters
 from sparse_coding.errors import UserError
+from sparse_coding.formats.nanogpt import write_checkpoint
+from tests.formats import nanogpt_oracle
+from tests.formats.nanogpt_oracle import NanoGPT, tokens_for
 
 SMALL = {
     "vocab_size": 96,
@@ -223,3 +227,108 @@ def test_without_a_hub_a_cached_model_loads_and_another_gives_the_ways_out_at_on
     assert "\n" not in str(error.value)
     assert time.perf_counter() - start < 5
     assert constants.HF_HUB_OFFLINE is offline
+
+
+# ---- checkpoints of nanoGPT
+
+LETTERS = [chr(ord("a") + index) for index in range(26)]
+
+
+def nanogpt_checkpoint(path: Path, oracle: NanoGPT) -> str:
+    return str(nanogpt_oracle.saved(path, nanogpt_oracle.checkpoint(oracle, prefix="_orig_mod.")))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["biases", "no biases"])
+def test_a_checkpoint_of_nanogpt_is_a_model_like_any_other(bias, tmp_path):
+    oracle = NanoGPT(bias)
+    name = nanogpt_checkpoint(tmp_path / "ckpt.pt", oracle)
+    model, tokens = load_model(name, device="cpu"), tokens_for(oracle)
+    assert (model.kind, model.max_positions, model.vocab_size) == ("causal", 12, 50)
+    assert (model.name, model.path, model.from_nanogpt) == (name, name, True)
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    assert model.hf.config._attn_implementation == "sdpa"
+    assert not model.hf.training
+    assert not any(parameter.requires_grad for parameter in model.hf.parameters())
+    torch.testing.assert_close(model.hf(tokens).logits, oracle(tokens), rtol=0, atol=1e-5)
+    assert load_model(name, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+    tanh = load_model(name, device="cpu", gelu="tanh").hf(tokens).logits
+    torch.testing.assert_close(tanh, oracle(tokens, tanh=True), rtol=0, atol=1e-5)
+
+
+def test_activations_of_a_checkpoint_are_those_of_the_bridge_at_every_site(tmp_path):
+    pytest.importorskip("transformer_lens", reason="transformer-lens is not installed (an extra)")
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    from sparse_coding.activations.capture import capture
+    from sparse_coding.activations.sites import list_sites
+
+    oracle = NanoGPT(False)
+    name, tokens = nanogpt_checkpoint(tmp_path / "ckpt.pt", oracle), tokens_for(oracle)
+    hf = load_model(name, device="cpu").hf  # bridging changes it in place
+    bridge = build_bridge_from_module(hf, "GPT2LMHeadModel", hf_config=hf.config, model_name="nanogpt")
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(tokens)
+    torch.testing.assert_close(logits, oracle(tokens), rtol=1e-5, atol=2e-5)
+    model = load_model(name, device="cpu")
+    names = [site for site in list_sites(model) if site.startswith(("blocks.", "hook_", "ln_final."))]
+    assert {f"blocks.{i}.mlp.hook_post" for i in range(3)} | {"hook_embed"} <= set(names)
+    assert len(names) > 3 * 8
+    for site, x in capture(model, tokens, names).items():
+        expected = cache[site].flatten(2)
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=2e-5, msg=lambda m, s=site: f"{s}: {m}")
+
+
+def test_the_form_of_gelu_is_for_checkpoints_alone(tmp_path):
+    name = saved(GPT2LMHeadModel(GPT2), tmp_path / "folder.pt")
+    assert not load_model(name, device="cpu").from_nanogpt
+    for given in (name, "python-gpt", "gpt2"):
+        with pytest.raises(UserError, match=f"--gelu tanh is for checkpoints of nanoGPT.*{Path(given).name}"):
+            load_model(given, device="cpu", gelu="tanh")
+
+
+def test_a_checkpoint_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    nanogpt_checkpoint(tmp_path / "out" / "ckpt.pt", NanoGPT(True))
+    monkeypatch.chdir(tmp_path)
+    assert load_model("out/ckpt.pt", device="cpu").path == str(tmp_path / "out" / "ckpt.pt")
+    with pytest.raises(UserError, match=r"'out/ckpr\.pt': no such file; did you mean 'ckpt\.pt'"):
+        load_model("out/ckpr.pt", device="cpu")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_padding_of_the_vocabulary_takes_no_probability(tied, tmp_path):
+    oracle = NanoGPT(True)
+    if not tied:
+        oracle.lm_head.weight = torch.nn.Parameter(torch.randn(50, 16, generator=torch.Generator().manual_seed(5)))
+    model = load_model(nanogpt_checkpoint(tmp_path / "ckpt.pt", oracle), device="cpu")
+    tokens = tokens_for(oracle) % 26
+    before = torch.get_rng_state()
+    cut_padding(model, tokenizer_from_characters(LETTERS))
+    assert torch.equal(torch.get_rng_state(), before)
+    logits = model.hf(tokens).logits
+    torch.testing.assert_close(logits, oracle(tokens)[..., :26], rtol=0, atol=1e-5)
+    full = oracle(tokens).log_softmax(-1)[..., :26]
+    assert (logits.log_softmax(-1) > full).all(), "masked loss is below the unmasked"
+    assert model.vocab_size == model.config.vocab_size == 26
+    assert (model.hf.lm_head.weight is model.hf.transformer.wte.weight) == tied
+    assert not any(parameter.requires_grad for parameter in model.hf.parameters())
+    cut_padding(model, tokenizer_from_characters(LETTERS))  # nothing left to cut
+    assert model.vocab_size == 26
+
+
+def test_an_imported_folder_is_cut_too_and_other_models_are_not(tmp_path):
+    hf = GPT2LMHeadModel(GPT2)
+    plain = load_model(saved(hf, tmp_path / "plain"), device="cpu")
+    cut_padding(plain, tokenizer_from_characters(LETTERS))
+    assert plain.vocab_size == 96
+    write_checkpoint(tmp_path / "ckpt.pt", hf)
+    read = load_model(tmp_path / "ckpt.pt", device="cpu").hf
+    imported = load_model(saved(read, tmp_path / "imported"), device="cpu")
+    cut_padding(imported, tokenizer_from_characters(LETTERS))
+    assert imported.vocab_size == 26
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    model = load_model(nanogpt_checkpoint(tmp_path / "ckpt.pt", NanoGPT(True, vocab=25)), device="cpu")
+    with pytest.raises(UserError, match=r"tokenizer has 26 tokens, model .*ckpt\.pt' has 25:.*--tokenizer"):
+        cut_padding(model, tokenizer_from_characters(LETTERS))
+    assert model.vocab_size == 25

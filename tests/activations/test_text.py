@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sparse_coding.activations import text as module
+from sparse_coding.activations import text_files
 from sparse_coding.activations.text import Part, TextSettings, documents, is_held_out, text_identity
 from sparse_coding.errors import UserError
 
@@ -119,8 +119,8 @@ def test_a_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path, n
     pieces = read(path)
     assert "".join(pieces) == whole
     assert len(pieces) > 10
-    assert all(len(piece) >= module.DOCUMENT for piece in pieces[:-1])
-    assert max(map(len, pieces)) < module.DOCUMENT + max(map(len, paragraphs)) + 10
+    assert all(len(piece) >= text_files.DOCUMENT for piece in pieces[:-1])
+    assert max(map(len, pieces)) < text_files.DOCUMENT + max(map(len, paragraphs)) + 10
     assert all(piece.startswith("paragraph") and piece.endswith(newline) for piece in pieces[1:])
 
 
@@ -130,7 +130,7 @@ def test_text_without_blank_lines_or_without_lines_is_cut_all_the_same(tmp_path:
         path.write_bytes(whole.encode())
         pieces = read(path)
         assert "".join(pieces) == whole
-        assert max(map(len, pieces)) < 2 * module.LONGEST
+        assert max(map(len, pieces)) < 2 * text_files.LONGEST
         assert len(pieces) > 5
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,18 @@ import huggingface_hub
 import pytest
 from transformers import AutoTokenizer
 
+from sparse_coding.activations import tokenizers as module
 from sparse_coding.activations.tokenizers import (
     END_OF_TEXT,
     UNKNOWN,
     character_tokenizer,
     load_tokenizer,
+    tokenizer_from_characters,
     train_byte_bpe,
 )
 from sparse_coding.errors import UserError
+from tests.formats import nanogpt_oracle
+from tests.formats.nanogpt_oracle import NanoGPT
 
 TEXTS = ["the cat sat on the mat\n", "the dog sat on the log\n", "a cat, a dog; a mat and a log!\n"] * 5
 HOSTILE = "  two  spaces\t\r\n\x00\x7f é 漢字 😀\u200d\u2028 <|endoftext|> don't  \n\n"
@@ -170,3 +175,115 @@ def test_code_of_a_repository_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         load_tokenizer(tmp_path)
     assert not any("evil" in name for name in sys.modules)
+
+
+# ---- nanoGPT: a given list of characters, data sets and checkpoints
+
+
+CHARACTERS = ["\n", " ", "b", "\r", "a", "é", "漢", "😀", "\x00", "\u2028", "\\", "#"]
+
+
+def test_a_list_of_characters_gives_exactly_its_ids_and_nothing_else(tmp_path: Path) -> None:
+    tokenizer = tokenizer_from_characters(CHARACTERS)
+    text = "".join(CHARACTERS) + "ba  \r\n\n##a\\\n 😀😀"
+    for known in (tokenizer, save_and_load(tokenizer, tmp_path)):
+        assert ids_of(known, text) == [CHARACTERS.index(character) for character in text]
+        assert known.decode(ids_of(known, text)) == text
+        assert known.get_vocab() == {character: index for index, character in enumerate(CHARACTERS)}
+        assert (known.bos_token_id, known.eos_token_id, known.unk_token_id) == (None, None, None)
+        assert ids_of(known, "") == []
+
+
+def save_and_load(tokenizer: Any, folder: Path) -> Any:
+    """As `import-nanogpt` leaves it: beside the config of a GPT-2."""
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": len(tokenizer)}))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        (["a", "bc"], "token 1 of a vocabulary of characters is 'bc', which is no character"),
+        (["", "b"], "token 0 .* is '', which is no character"),
+        (["a", "\ud83d"], r"token 1 .* is '\\ud83d', which is no character"),
+        (["a", "b", "a"], "the character 'a' has two ids"),
+    ],
+)
+def test_what_is_no_list_of_characters_is_refused(tokens: list[str], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        tokenizer_from_characters(tokens)
+
+
+def data_set(folder: Path, characters: list[str] | None, size: int | None = None) -> Path:
+    """A folder as prepare.py of nanoGPT leaves it."""
+    folder.mkdir(parents=True)
+    meta: dict[str, Any] = {"vocab_size": size or len(characters or [])}
+    if characters is not None:
+        meta["itos"] = dict(enumerate(characters))
+        meta["stoi"] = {character: index for index, character in enumerate(characters)}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return folder
+
+
+def checkpoint(path: Path, vocab: int, dataset: Any = "letters") -> Path:
+    data = nanogpt_oracle.checkpoint(NanoGPT(False, vocab=vocab, width=4, layers=1))
+    data["config"]["dataset"] = dataset
+    return nanogpt_oracle.saved(path, data)
+
+
+def test_a_data_set_of_nanogpt_is_a_tokenizer_by_its_characters(tmp_path: Path) -> None:
+    folder = data_set(tmp_path / "letters", CHARACTERS)
+    assert ids_of(load_tokenizer(folder), "ab\n") == [4, 2, 0]
+    train_byte_bpe(TEXTS, 260, folder)
+    assert len(load_tokenizer(folder)) == 260, "the tokenizer's own files win"
+    with pytest.raises(UserError, match=r"meta\.pkl' gives a vocabulary's size and not its tokens"):
+        load_tokenizer(data_set(tmp_path / "size", None, 12))
+
+
+def test_a_checkpoint_finds_the_characters_of_its_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint(tmp_path / "nano" / "runs" / "out-letters" / "ckpt.pt", len(CHARACTERS))
+    with pytest.raises(UserError, match=r"comes without .*nor data/letters above it.*12 tokens.*--tokenizer"):
+        load_tokenizer(path)
+    data_set(tmp_path / "elsewhere" / "data" / "letters", CHARACTERS)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert ids_of(load_tokenizer(path), "a") == [4], "in data/ of the current folder"
+    data_set(tmp_path / "nano" / "data" / "letters", CHARACTERS[::-1])
+    assert ids_of(load_tokenizer(path), "a") == [7], "in nanoGPT's folder above it"
+    assert ids_of(load_tokenizer(str(path)), "a") == [7]
+    character_tokenizer(["a"], path.parent)
+    assert ids_of(load_tokenizer(path), "a") == [2], "beside it"
+
+
+def test_a_tokenizer_of_the_data_set_wins_over_its_meta(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "out" / "ckpt.pt", 300)
+    train_byte_bpe(TEXTS, 270, data_set(tmp_path / "data" / "letters", None, 300))
+    assert len(load_tokenizer(path)) == 270
+
+
+def test_a_vocabulary_of_another_size_is_not_taken_for_the_checkpoints(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "ckpt.pt", len(CHARACTERS) + 1)
+    data_set(tmp_path / "data" / "letters", CHARACTERS)
+    with pytest.raises(UserError, match=r"has 13 tokens, .*meta\.pkl' 12: it was trained on other data"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("size", [50257, 50304])
+def test_a_vocabulary_of_gpt2s_size_means_gpt2s_tokenizer(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_of_hub", lambda name: f"{name} of the hub")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()  # a folder of that name is something else
+    path = checkpoint(tmp_path / "ckpt.pt", size, "openwebtext")
+    data_set(tmp_path / "data" / "openwebtext", None, size)  # says the size alone
+    assert load_tokenizer(path) == "gpt2 of the hub"
+
+
+@pytest.mark.parametrize("dataset", ["../letters", "/letters", "a/../../letters", "..", "", "x" * 5000, "a\0b", 3])
+def test_a_checkpoint_names_no_way_out_of_the_data_folder(dataset: Any, tmp_path: Path) -> None:
+    data_set(tmp_path / "letters", CHARACTERS)
+    data_set(tmp_path / "data", CHARACTERS)
+    path = checkpoint(tmp_path / "out" / "ckpt.pt", len(CHARACTERS), dataset)
+    with pytest.raises(UserError, match="comes without a tokenizer: there is none beside it"):
+        load_tokenizer(path)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparse_coding.activations import tokens as module
 from sparse_coding.activations.text import TextSettings, documents
-from sparse_coding.activations.tokenizers import character_tokenizer, train_byte_bpe
+from sparse_coding.activations.tokenizers import character_tokenizer, tokenizer_from_characters, train_byte_bpe
 from sparse_coding.activations.tokens import Contexts, contexts, default_cache, flat
 from sparse_coding.errors import UserError
 
@@ -296,13 +296,13 @@ def test_memory_does_not_grow_with_the_text(
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of texts at each call of an encoder."""
     calls: list[int] = []
-    encoder = module._encoder
+    encoder = module.encoder_of
 
     def counting(tokenizer: Any) -> Any:
         own = encoder(tokenizer)
         return replace(own, encode=lambda texts: (calls.append(len(texts)), own.encode(texts))[1])
 
-    monkeypatch.setattr(module, "_encoder", counting)
+    monkeypatch.setattr(module, "encoder_of", counting)
     return calls
 
 
@@ -361,7 +361,7 @@ def test_the_identity_names_the_tokens_by_their_hash(text: TextSettings, bpe: An
 def test_an_interrupted_run_leaves_nothing(
     text: TextSettings, bpe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = module._encoder
+    encoder = module.encoder_of
 
     def failing(tokenizer: Any) -> Any:
         own = encoder(tokenizer)
@@ -374,7 +374,7 @@ def test_an_interrupted_run_leaves_nothing(
         return replace(own, encode=stop)
 
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1)
-    monkeypatch.setattr(module, "_encoder", failing)
+    monkeypatch.setattr(module, "encoder_of", failing)
     with pytest.raises(KeyboardInterrupt):
         pack(text, bpe, tmp_path / "cache")
     assert list((tmp_path / "cache" / "contexts").iterdir()) == []
@@ -483,6 +483,18 @@ def test_a_tokenizer_without_bos_cannot_prepend_it(text: TextSettings, tmp_path:
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     with pytest.raises(UserError, match="no BOS token"):
         pack(text, bare, tmp_path, prepend_bos=True)
+
+
+def test_characters_that_a_vocabulary_lacks_are_named(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abba" * 50 + "é\u202e" + "".join(map(chr, range(0x4E00, 0x4E06))))
+    text = TextSettings(str(tmp_path / "text.txt"))
+    with pytest.raises(UserError, match=r"the text holds 9 characters .* such as 'b', 'é', '\\u202e', '一'") as error:
+        pack(text, tokenizer_from_characters(["a"]), tmp_path / "cache")
+    assert "\n" not in str(error.value)
+    (tmp_path / "text.txt").write_text("abba" * 50)
+    packed = pack(text, tokenizer_from_characters(["a", "b"]), tmp_path / "cache")
+    assert flat(packed)[:8].tolist() == [0, 1, 1, 0] * 2
+    assert packed.n_tokens == packed.n_characters
 
 
 def test_text_of_which_nothing_is_left_is_an_error(bert: Any, tmp_path: Path) -> None:
