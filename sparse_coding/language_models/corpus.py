@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Integer, UInt
 
 from sparse_coding.activations.text import PYTHON_DOCS, TextSettings, documents, text_identity
+from sparse_coding.activations.token_folder import folder_tokenizer
 from sparse_coding.activations.tokens import contexts, flat
 from sparse_coding.errors import UserError
 from sparse_coding.formats.nanogpt_data import is_data_folder, open_tokens
@@ -79,11 +80,9 @@ def corpus_of(
 
 
 def _read(folder: Path) -> Corpus:
-    from sparse_coding.activations.tokenizers import load_tokenizer
-
     data = open_tokens(folder)
     try:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = folder_tokenizer(folder)
     except UserError as error:
         tokenizer = None
         print(f"note: the model gets no tokenizer and its card no samples: {error}")

@@ -230,8 +230,9 @@ class PrepareText:
     """python-docs (comes with Python), a file or folder of text, a data set on the hub by name, or a folder with
     train.bin, of ours or nanoGPT's own (documents of train.bin, then of val.bin)."""
     tokenizer: str | None = None
-    """bpe (byte pairs learnt from the training text, the default), char (one token per character), gpt2, or any on the
-    hub or in a folder. nanoGPT samples from bpe only with prompts of characters that are tokens by themselves."""
+    """bpe (byte pairs learnt from the training text, the default; the first 200 million characters of it are enough),
+    char (one token per character), gpt2, or any on the hub or in a folder. nanoGPT's sample.py spells prompts for bpe
+    character by character, and knows those that are tokens by themselves."""
     vocab_size: int | None = None
     """Tokens that bpe learns; 2048 if not given. A large vocabulary makes a small model mostly embedding."""
     held_out: float = 0.05
