@@ -74,7 +74,7 @@ def import_nanogpt(arguments: Sequence[str]) -> None:
 class SitesFlags:
     """List the sites of a model that activations can be taken from."""
 
-    model: str = "python-gpt"
+    model: str = "python-gpt-large"
     """A Hugging Face name, a local folder, a checkpoint of nanoGPT, or a bundled model."""
 
 

@@ -15,7 +15,7 @@ from sparse_coding.errors import UserError
 from sparse_coding.files import file_sha256
 from sparse_coding.formats.nanogpt_file import checkpoint_file
 
-DEFAULT_MODEL = "python-gpt"
+DEFAULT_MODEL = "python-gpt-large"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class ModelFlags:
 
     model: str = DEFAULT_MODEL
     """A Hugging Face name (gpt2, EleutherAI/pythia-70m-deduped, bert-base-uncased), a local folder in Hugging Face
-    layout, a checkpoint of nanoGPT (out/ckpt.pt), or a bundled model (python-gpt, the default: no network needed)."""
+    layout, a checkpoint of nanoGPT (out/ckpt.pt), or a bundled model, which needs no network: python-gpt-large (the
+    default) or python-gpt."""
     gelu: Literal["exact", "tanh"] | None = None
     """Form of GELU in a checkpoint of nanoGPT, which does not say it: tanh until June 2023 and for GPT-2's weights,
     exact since. By default what our exports say, else exact."""
@@ -101,7 +102,7 @@ class TrainingFlags:
     """How they are trained."""
 
     tokens: str = "auto"
-    """Activations to train on, such as 500k, 2M, 1B; more than the text has means several passes over it. auto: 800k
+    """Activations to train on, such as 500k, 2M, 1B; more than the text has means several passes over it. auto: 600k
     for a bundled model, 5M for others."""
     batch_size: int = 512
     """Activations per update."""
@@ -188,7 +189,7 @@ class RunSettings:
     def steps(self) -> int:
         wanted = self.training.tokens
         if wanted == "auto":
-            wanted = "800k" if self.bundled else "5M"
+            wanted = "600k" if self.bundled else "5M"
         return count(wanted, "--tokens") // self.training.batch_size
 
     @property

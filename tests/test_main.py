@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sparse_coding.__main__ import VERBS, main
+from sparse_coding.__main__ import VERBS, SitesFlags, main
+from sparse_coding.activations.models import bundled_models
 from sparse_coding.errors import UserError
+from sparse_coding.run_settings import DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,3 +42,8 @@ def test_a_reader_that_has_seen_enough_ends_the_listing_quietly():
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stdout == "hook_embed\n"
     assert done.stderr == ""
+
+
+def test_sites_and_run_have_the_same_default_model():
+    assert SitesFlags().model == DEFAULT_MODEL
+    assert DEFAULT_MODEL in bundled_models()

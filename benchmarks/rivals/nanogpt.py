@@ -191,7 +191,7 @@ def noise() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 50257, 200_000).astype(np.uint16)
 
 
-def compare_speed(nanogpt: Path, rounds: int = 3, updates: int = 3) -> None:
+def compare_speed(nanogpt: Path, rounds: int = 3, updates: int = 2) -> None:
     """Interleaved rounds, medians; writes benchmarks/results/nanogpt_speed.{md,json}."""
     times: dict[str, dict[str, list[float]]] = {}
     for _ in range(rounds):
