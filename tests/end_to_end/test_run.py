@@ -222,7 +222,7 @@ def test_a_mistake_is_one_clear_line(words, message, small_gpt2, small_text, tmp
 def test_a_mistake_on_the_real_command_exits_with_2_and_no_traceback(command):
     done = command("run.py", "--layer", "999")
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: layer 999: this model has layers 0 to 3")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: layer 999: this model has layers 0 to 5")
     assert "Traceback" not in done.stderr
 
 
