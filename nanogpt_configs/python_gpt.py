@@ -1,4 +1,4 @@
-# The bundled model: a GPT of .66M parameters that has read Python's manual and standard library, trained in minutes.
+# The smaller bundled model: .66M parameters that have read Python's manual and standard library, trained in minutes.
 #
 #     python -m sparse_coding train-lm nanogpt_configs/python_gpt.py --text python-docs --out outputs/python-gpt
 #

@@ -1,5 +1,5 @@
 # The 32-wide sister of supertiny.py, the shape of the checkpoints that the 2023 work used in the end: wider heads, no
-# dropout. 1.6M parameters with GPT-2's tokenizer, 95% of them the embedding.
+# dropout. 1.7M parameters with GPT-2's tokenizer, 95% of them the embedding.
 #
 #     python -m sparse_coding train-lm nanogpt_configs/supertiny_32.py --text Skylion007/openwebtext --tokenizer gpt2 \
 #         --out outputs/supertiny-32

@@ -28,14 +28,19 @@ def near(word: str, known: Iterable[str], count: int = 3) -> str:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Print a `UserError` as one line and exit 2; an interruption says how to go on and exits 130."""
+    """Print a `UserError` as one line and exit 2; an interruption says how to go on and exits 130.
+
+    Of the processes that torchrun started, which all make the same mistake, only the first prints it.
+    """
     try:
         yield
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except Interrupted as stop:
-        print(f"\nstopped: {' '.join(str(stop).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nstopped: {' '.join(str(stop).split())}", file=sys.stderr)
         raise SystemExit(130) from None
     except KeyboardInterrupt:
         print("\nstopped: what was saved stays; the same command continues from there", file=sys.stderr)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from sparse_coding.errors import DISK_FULL, UserError
 
 
 def file_sha256(path: Path) -> str:
@@ -23,15 +28,38 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: temporary file, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+def make_folder(path: Path, what: str) -> None:
+    """Make a folder to write into, with those above it; one that is there is fine.
+
+    what: the flag or the file that it is for. Raises `UserError` where a file is in the way or it may not be written.
+    """
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        reason = error.strerror
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = f"{next(place for place in (path, *path.parents) if os.path.lexists(place))} is a file"
+        raise UserError(f"{what}: the folder {path} cannot be made ({reason}); name another place") from None
+
+
+@contextmanager
+def written_whole(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
+    """A file to write into that takes its name when all is done, or vanishes; text is UTF-8, line ends as given.
+
+    Until then it lies beside its place, as `file.name`. Raises `UserError` where there can be no such folder.
+    """
+    make_folder(path.parent, str(path))
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    os.close(handle)
+    try:
+        with open(name, mode, **({"encoding": "utf-8", "newline": ""} if mode == "w" else {})) as file:
+            yield file
+        with open(name, "rb") as written:  # the caller may have put another file under the name
+            os.fsync(written.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
@@ -39,21 +67,19 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with written_whole(path) as file:
+        file.write(text)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all; `metadata` goes into its header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with written_whole(path, "wb") as file:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file.name, metadata)
     except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
         raise _as_os_error(error, path) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _as_os_error(error: SafetensorError, path: Path) -> Exception:

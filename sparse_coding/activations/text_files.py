@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from sparse_coding.errors import UserError, near
+from sparse_coding.files import file_sha256
 
 KINDS = (".txt", ".jsonl", ".parquet")
 DOCUMENT = 2_000  # characters after which a document of a .txt file ends at the next blank line
@@ -69,11 +69,7 @@ def files_of(path: Path) -> list[Path]:
 
 def fingerprint(path: Path) -> dict[str, str | int]:
     """Length and sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def rows_of(path: Path, column: str | None) -> Iterator[str | None]:

@@ -29,13 +29,13 @@ from jaxtyping import Integer, UInt
 
 from sparse_coding.config import from_dict, to_dict
 from sparse_coding.errors import UserError
-from sparse_coding.files import write_text
+from sparse_coding.files import write_text, written_whole
 from sparse_coding.formats.nanogpt import GPT2_END_OF_TEXT
 from sparse_coding.formats.nanogpt_meta import META, read_meta
 
 TRAIN, VAL, FACTS, UNFINISHED = "train.bin", "val.bin", "meta.json", "unfinished.json"
 FORMAT = 1  # of meta.json
-PADDED_GPT2 = 50304  # the vocabulary nanoGPT assumes without a meta.pkl: GPT-2's 50257, rounded up
+GPT2_VOCABULARY = 50257  # without a meta.pkl; nanoGPT says 50304, the same with 47 ids that never occur
 CHUNK = 1 << 22  # ids read at once
 
 Ids = Literal["uint16", "uint32"]
@@ -143,7 +143,7 @@ def vocabulary(folder: Path, facts: Facts | None) -> tuple[int, int | None]:
         return facts.vocab_size, facts.separator
     if (folder / META).is_file():
         return read_meta(folder / META).vocab_size, None
-    return PADDED_GPT2, GPT2_END_OF_TEXT
+    return GPT2_VOCABULARY, GPT2_END_OF_TEXT
 
 
 def open_file(folder: Path, name: str, facts: Facts | None) -> UInt[np.ndarray, "N"]:
@@ -251,9 +251,5 @@ def write_meta(folder: Path, itos: Sequence[str], stoi: Mapping[str, int]) -> No
     itos: the text of each id. stoi: the id of each character that a prompt may hold.
     """
     data = {"vocab_size": len(itos), "stoi": dict(stoi), "itos": dict(enumerate(itos))}
-    part = folder / (META + ".part")
-    with part.open("wb") as file:
+    with written_whole(folder / META, "wb") as file:
         pickle.dump(data, file, protocol=4)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / META)

@@ -5,8 +5,6 @@ It is read by torch's restricted unpickler alone. The optimiser's state, two thi
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_coding.errors import UserError, near
+from sparse_coding.files import written_whole
 
 Gelu = Literal["exact", "tanh"]
 
@@ -162,15 +161,5 @@ def plain(config: Mapping[Any, Any]) -> dict[str, Any]:
 
 def save_checkpoint(path: Path, data: dict[str, Any]) -> None:
     """`torch.save`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with written_whole(path, "wb") as file:
+        torch.save(data, file)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
+from sparse_coding.errors import UserError
 from sparse_coding.progress import duration
 
 if TYPE_CHECKING:
@@ -73,8 +74,13 @@ class Facts:
 
 
 def read(folder: Path) -> Facts:
-    """The facts that a finished run left in its folder."""
-    return Facts(**json.loads((folder / FACTS).read_text()))
+    """The facts that a finished run left in its folder. Raises `UserError` for a file that holds something else."""
+    try:
+        return Facts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{folder / FACTS} is not what train-lm writes: name another --out, or delete the folder"
+        ) from None
 
 
 def publish(out: Path, aside: Path, model: GPT2LMHeadModel, corpus: Corpus, facts: Facts, log: Path) -> None:
@@ -144,13 +150,13 @@ def samples(
     seed: int,
     count: int = 3,
 ) -> list[list[str]]:
-    """At `count` places spread evenly over the held-out text: (eight tokens of it, what the model adds)."""
+    """At `count` places spread evenly over the held-out text: (eight tokens of it or all, what the model adds)."""
     found = []
     for i in range(count):
-        start = (len(held_out) - 8) * i // count
+        start = max(0, len(held_out) - 8) * i // count
         prompt = torch.from_numpy(held_out[start : start + 8].astype(np.int64))
         tokens = sample(model, prompt, new_tokens=64, seed=seed + i, vocab_size=len(tokenizer))
-        found.append([str(tokenizer.decode(part.tolist())) for part in (tokens[:8], tokens[8:])])
+        found.append([str(tokenizer.decode(part.tolist())) for part in tokens.tensor_split([len(prompt)])])
     return found
 
 
@@ -221,7 +227,7 @@ def render(facts: Facts, folder: Path) -> str:
             "",
             "## What it says",
             "",
-            "Eight tokens of held-out text, then 64 drawn from the model (temperature 0.8, the 40 likeliest tokens).",
+            "A few tokens of held-out text, then 64 drawn from the model (temperature 0.8, the 40 likeliest tokens).",
         ]
     for prompt, continuation in facts.samples:
         text = f"{prompt}⟶{continuation}"

@@ -2,7 +2,7 @@
 
 A config file is a list of lines such as `n_layer = 6` with comments. Arithmetic is allowed (`5 * 8`), a key set above
 (`lr_decay_iters = max_iters`), `import time`, and computed names such as `'run-' + str(time.time())`. Every key of
-nanoGPT's train.py is known: it is a field of `TrainConfig`, or stands in `UNUSED` with the reason why it has no effect.
+nanoGPT's train.py is a field of `TrainConfig` and does what it does there.
 """
 
 from __future__ import annotations
@@ -54,14 +54,12 @@ class TrainConfig:
     eval_iters: int = 200  # batches per evaluation, of the training text and of the held-out text
     log_interval: int = 1  # updates between two lines of the log
     always_save_checkpoint: bool = False  # False: keep the weights of the best evaluation (nanoGPT: True, the last)
-    init_from: str = (
-        "scratch"  # scratch; resume (there must be a run to go on with); or a GPT-2 to start from: its name,
-    )
-    # folder or nanoGPT checkpoint, whose shape wins over the keys above
+    # scratch, resume (there must be a run to go on with), or a GPT-2 to start from, by its name, folder or nanoGPT
+    # checkpoint: its shape then wins over the keys above
+    init_from: str = "scratch"
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the fastest that is there (nanoGPT: cuda)
-    dtype: str = (
-        "auto"  # of the matrix products: bfloat16, float32, float16 (with loss scaling); auto: bfloat16 if faster
-    )
+    # of the matrix products: bfloat16, float32, float16 (with loss scaling); auto takes bfloat16 where it is the faster
+    dtype: str = "auto"
     compile: bool = False  # torch.compile the model: a minute of waiting, then faster steps on a GPU (nanoGPT: True)
     seed: int = 1337  # of the weights, the batches and the dropout (a constant in nanoGPT)
     out_dir: str = ""  # folder of the model; --out wins
@@ -100,9 +98,8 @@ class TrainConfig:
         return self.batch_size * self.gradient_accumulation_steps * self.block_size
 
     def decisive(self) -> dict[str, Value]:
-        """The keys that decide what is learnt; `resume` means the run that `scratch` began."""
-        known = {key: value for key, value in dataclasses.asdict(self).items() if key not in INCIDENTAL}
-        return known | {"init_from": "scratch" if self.init_from == "resume" else self.init_from}
+        """The keys that decide what is learnt."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in INCIDENTAL}
 
 
 def _require(fine: bool, key: str, given: Value, allowed: str) -> None:
@@ -166,6 +163,8 @@ def parse(path: Path) -> dict[str, tuple[Value, int]]:
         tree = ast.parse(source)
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: not a Python assignment: {error.msg}") from None
+    except (MemoryError, RecursionError):
+        raise UserError(f"{path}: an expression in it is nested too deeply; write the value itself") from None
     except ValueError as error:  # a null byte, on older Pythons
         raise UserError(f"{path}: not a config file: {error}") from None
     found: dict[str, tuple[Value, int]] = {}
@@ -182,6 +181,8 @@ def parse(path: Path) -> dict[str, tuple[Value, int]]:
             found[key] = (evaluate(node.value, {name: value for name, (value, _) in found.items()}), node.lineno)
         except ValueError as error:
             raise UserError(f"{place}{key!r}: {error}") from None
+        except RecursionError:
+            raise UserError(f"{place}{key!r}: nested too deeply; write the value itself") from None
     return found
 
 
@@ -248,7 +249,10 @@ def _shown(node: ast.stmt) -> str:
 def _typed(key: str, value: Value, kind: type, place: str) -> Value:
     """`value` if it has the type of its key; an int passes for a float."""
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{place}{key} is too large for a number with a fraction") from None
     if type(value) is not kind:
         tip = f"; write {int(value)}" if kind is int and type(value) is float and value == int(value) else ""
         tip = "; write True or False" if kind is bool else tip

@@ -31,6 +31,15 @@ DATA = Path("data")
 """Where nanoGPT keeps its data sets, and `dataset = 'name'` is looked for."""
 
 
+TEXT_FLAGS = {
+    "--text-config": "config",
+    "--text-split": "split",
+    "--text-column": "column",
+    "--max-documents": "max_documents",
+    "--held-out": "held_out",
+}
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Token ids to train on and to evaluate on, documents end to end."""
@@ -64,9 +73,7 @@ def corpus_of(
     tokenizer: `bpe` and `char` are made from the training text and kept in `out`; anything else is loaded.
     """
     if is_data_folder(Path(text.source)):
-        if tokenizer is not None or vocab_size is not None:
-            given = "--tokenizer" if tokenizer is not None else "--vocab-size"
-            raise UserError(f"{given} is for text, and {text.source} holds tokens already: leave it out")
+        _refuse_for_tokens(text, tokenizer, vocab_size)
         found = _read(Path(text.source))
     else:
         found = _make(text, tokenizer or "bpe", vocab_size, config.block_size, out)
@@ -77,6 +84,16 @@ def corpus_of(
                 "give more text or set a smaller block_size"
             )
     return found
+
+
+def _refuse_for_tokens(text: TextSettings, tokenizer: str | None, vocab_size: int | None) -> None:
+    """`UserError` for settings of text where the tokens are there already, and split."""
+    given = {"--tokenizer": tokenizer is not None, "--vocab-size": vocab_size is not None}
+    usual = TextSettings(source=text.source)
+    for flag, name in TEXT_FLAGS.items():
+        given[flag] = getattr(text, name) != getattr(usual, name)
+    for flag in (flag for flag, asked in given.items() if asked):
+        raise UserError(f"{flag} is for text, and {text.source} holds tokens already: leave it out")
 
 
 def _read(folder: Path) -> Corpus:

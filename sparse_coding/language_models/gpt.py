@@ -74,7 +74,8 @@ def adopt(found: PreTrainedModel, config: TrainConfig) -> tuple[GPT2LMHeadModel,
         raise UserError(f"init_from = {config.init_from!r} is a {type(found).__name__}: training starts from a GPT-2")
     if config.block_size > found.config.n_positions:
         raise UserError(
-            f"block_size = {config.block_size}: {config.init_from!r} takes at most {found.config.n_positions} tokens"
+            f"block_size = {config.block_size}: {config.init_from!r} takes at most {found.config.n_positions} tokens: "
+            f"set block_size={found.config.n_positions}"
         )
     shape = copy.deepcopy(found.config)
     shape.update({"n_positions": config.block_size, **dict.fromkeys(DROPOUTS, config.dropout)})

@@ -21,6 +21,7 @@ from sparse_coding.language_models.trainer import Trainer, learning_rate
 from sparse_coding.language_models.training_state import (
     LOG,
     STATE,
+    STATE_FILE,
     Progress,
     keep_log_until,
     load_state,
@@ -100,7 +101,7 @@ class Run:
         self.trainer, self.config, self.folder, self.identity = trainer, trainer.config, folder, identity
         self.first, self.mirror = trainer.processes.first, mirror
         (folder / STATE).mkdir(parents=True, exist_ok=True)
-        self.state, self.best = folder / STATE / "state.safetensors", folder / STATE / "best.safetensors"
+        self.state, self.best = folder / STATE / STATE_FILE, folder / STATE / "best.safetensors"
         self.progress = load_state(self.state, trainer, identity) if self.state.exists() else Progress()
         if self.first:
             keep_log_until(folder / LOG, self.progress)
@@ -189,7 +190,7 @@ def fit(
                 due = progress.iteration % config.eval_interval == 0 or progress.iteration == config.max_iters
                 if due:
                     run.evaluate(asked)
-                stop = everyone.any(asked(), trainer.device) or progress.iteration == stop_at
+                stop = everyone.any(asked()) or progress.iteration == stop_at
                 if stop or run.save_is_late() or (due and progress.iteration):
                     run.save()
                 if progress.iteration == config.max_iters and progress.evaluated == config.max_iters:

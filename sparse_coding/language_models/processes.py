@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from sparse_coding.errors import UserError
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -20,6 +23,7 @@ class Processes:
 
     rank: int = 0
     size: int = 1
+    device: torch.device = CPU  # of the messages between them
 
     @property
     def first(self) -> bool:
@@ -34,11 +38,11 @@ class Processes:
             for tensor, part in zip(tensors, message.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def any(self, mine: bool, device: torch.device) -> bool:
+    def any(self, mine: bool) -> bool:
         """Whether it is true in any of all processes."""
         if self.size == 1:
             return mine
-        flag = torch.tensor(float(mine), device=device)
+        flag = torch.tensor(float(mine), device=self.device)
         dist.all_reduce(flag)
         return bool(flag.item())
 
@@ -49,15 +53,26 @@ class Processes:
 
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
-        """Inside, the first process alone, then all others at once: they find the files that it made."""
+        """Inside, the first process alone, then all others at once: they find the files that it made.
+
+        Where it fails the others end quietly: it has said why.
+        """
         if not self.first:
-            self.wait()
-        yield
-        if self.first:
-            self.wait()
+            if self.any(False):
+                raise SystemExit(2)
+            yield
+            return
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            self.any(failed)
 
 
 ALONE = Processes()
+WAIT = datetime.timedelta(days=7)
+"""How long the others wait for the first: a large text takes it hours to tokenize."""
 
 
 @contextmanager
@@ -70,18 +85,18 @@ def processes(device: torch.device, backend: str = "auto") -> Iterator[tuple[Pro
         yield ALONE, device
         return
     if device.type == "cuda":
-        index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if index >= count:
-            raise UserError(f"torchrun started process {index} of this machine, which has {count} GPUs: one each")
-        device = torch.device("cuda", index)
+        here, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > count:
+            raise UserError(f"torchrun started {here} processes, and this machine has {count} GPUs: one process each")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     elif backend == "nccl":
         raise UserError(
             f"backend = 'nccl' is for CUDA GPUs, and the device is {device}: set backend=gloo or leave it out"
         )
     chosen = backend if backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(chosen)
+    dist.init_process_group(chosen, timeout=WAIT)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size()), device
+        yield Processes(dist.get_rank(), dist.get_world_size(), device), device
     finally:
         dist.destroy_process_group()

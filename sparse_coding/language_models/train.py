@@ -7,11 +7,13 @@ killed and started again gives the same weights, bit for bit, as one that never 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import platform
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -23,6 +25,8 @@ from sparse_coding.activations.text import TextSettings
 from sparse_coding.config import parse
 from sparse_coding.device import pick_device
 from sparse_coding.errors import UserError, near, reported
+from sparse_coding.files import make_folder
+from sparse_coding.formats.nanogpt_data import is_data_folder
 from sparse_coding.language_models import card
 from sparse_coding.language_models.config_file import TrainConfig, Value, load_config, parse_overrides
 from sparse_coding.language_models.corpus import Corpus, corpus_of, source_of
@@ -31,7 +35,15 @@ from sparse_coding.language_models.loop import fit
 from sparse_coding.language_models.ngrams import baselines
 from sparse_coding.language_models.processes import Processes, processes
 from sparse_coding.language_models.trainer import Trainer
-from sparse_coding.language_models.training_state import LOG, STATE, Progress, load_state, refuse_other_run
+from sparse_coding.language_models.training_state import (
+    LOG,
+    STATE,
+    STATE_FILE,
+    Progress,
+    header_of,
+    load_state,
+    refuse_other_run,
+)
 from sparse_coding.training.precision import has_bf16
 
 if TYPE_CHECKING:
@@ -60,15 +72,17 @@ def train_lm(
     Raises `UserError` for wrong settings and `Interrupted` when stopped.
     """
     config, notes = load_config(config_path, overrides)
-    text = text or TextSettings(source=source_of(None, config.dataset))
+    if text is None:
+        text = TextSettings(source=source_of(None, config.dataset))
     out = out or Path(config.out_dir or Path("outputs") / config_path.stem)
     call = f"train_lm({str(config_path)!r}, {dict(overrides)!r}, {text!r}, out={str(out)!r}, tokenizer={tokenizer!r})"
-    with processes(device_for(config), config.backend) as (everyone, device):
+    with processes(device_for(config), config.backend) as (everyone, device), contextlib.ExitStack() as held:
         with everyone.first_goes_ahead():
             if everyone.first:
                 for note in notes:
                     print(f"note: {note}")
-                refuse_foreign_folder(out)
+                held.enter_context(own_folder(out))
+            config = dataclasses.replace(config, init_from=begun_from(config, out))
             corpus = corpus_of(text, tokenizer, vocab_size, config, out)
         return _Run(config, text, corpus, out, tokenizer, vocab_size, command or call, everyone, device).go()
 
@@ -94,8 +108,6 @@ class _Run:
         identity = {**config.decisive(), **asked, "text": corpus.sha256}
         if (self.out / card.FACTS).exists():
             return self.finished(identity)
-        if config.init_from == "resume" and not (self.out / STATE / "state.safetensors").exists():
-            raise UserError(f"init_from = 'resume', but {self.out} holds no run to go on with: leave init_from out")
         dtype = precision(config, self.device)
         trainer = Trainer(config, model, corpus.train, corpus.held_out, self.device, dtype, self.everyone)
         self.say(self.plan(trainer))
@@ -132,13 +144,13 @@ class _Run:
         config, corpus = trainer.config, self.corpus
         return (
             f"{parameters(trainer.model):,} parameters, {corpus.vocab_size:,} tokens in the vocabulary; "
-            f"{len(corpus.train):,} tokens of text, {len(corpus.held_out):,} held out; {config.max_iters:,} updates of "
-            f"{config.tokens_per_iteration:,} tokens on {card.hardware(self.device, self.everyone.size)}, "
-            f"{dtype_name(trainer.dtype)}"
+            f"{len(corpus.train):,} tokens of {self.text.source}, {len(corpus.held_out):,} held out; "
+            f"{config.max_iters:,} updates of {config.tokens_per_iteration:,} tokens "
+            f"on {card.hardware(self.device, self.everyone.size)}, {dtype_name(trainer.dtype)}"
         )
 
     def only_evaluate(self, trainer: Trainer, identity: Mapping[str, Any]) -> None:
-        state = self.out / STATE / "state.safetensors"
+        state = self.out / STATE / STATE_FILE
         iteration = load_state(state, trainer, identity).iteration if state.exists() else 0
         losses = trainer.evaluate() or {}
         said = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
@@ -150,7 +162,6 @@ class _Run:
             return None
         from sparse_coding.training.wandb_mirror import Mirror
 
-        (self.out / STATE).mkdir(parents=True, exist_ok=True)  # what makes the folder a run
         config = trainer.config
         return Mirror("auto", config.wandb_project, config.wandb_run_name, self.out, config.decisive())
 
@@ -163,10 +174,10 @@ class _Run:
         return card.Facts(
             command=self.command,
             config=config.decisive(),
-            text={key: value for key, value in dataclasses.asdict(self.text).items() if value is not None},
+            text=text_facts(self.text),
             text_sha256=corpus.sha256,
             tokenizer_asked=self.tokenizer,
-            vocab_size=corpus.vocab_size,
+            vocab_size=model.config.vocab_size,
             vocab_size_asked=self.vocab_size,
             train_tokens=len(corpus.train),
             held_out_tokens=len(corpus.held_out),
@@ -196,7 +207,7 @@ def starting_model(config: TrainConfig, corpus: Corpus) -> tuple[GPT2LMHeadModel
 
     Raises `UserError` where those are no GPT-2, or too small for the block size or the vocabulary.
     """
-    if config.init_from in ("scratch", "resume"):
+    if config.init_from == "scratch":
         return build(config, corpus.vocab_size, corpus.end_of_text), config
     from sparse_coding.activations.models import load_model
 
@@ -208,7 +219,7 @@ def starting_model(config: TrainConfig, corpus: Corpus) -> tuple[GPT2LMHeadModel
     if found.vocab_size < corpus.vocab_size:
         raise UserError(
             f"init_from = {config.init_from!r} knows {found.vocab_size} tokens and the text has {corpus.vocab_size}: "
-            f"give its own tokenizer (--tokenizer {found.path})"
+            f"tokenize it with the model's own tokenizer (--tokenizer {found.path})"
         )
     return adopt(found.hf, config)
 
@@ -239,6 +250,41 @@ def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def begun_from(config: TrainConfig, out: Path) -> str:
+    """`init_from`, and for `resume` that of the run in `out`; raises `UserError` where there is none."""
+    if config.init_from != "resume":
+        return config.init_from
+    if (out / card.FACTS).exists():
+        return card.read(out).config["init_from"]
+    if (out / STATE / STATE_FILE).exists():
+        return header_of(out / STATE / STATE_FILE)["identity"]["init_from"]
+    raise UserError(f"init_from = 'resume', but {out} holds no run to go on with: leave init_from out")
+
+
+def text_facts(text: TextSettings) -> dict[str, Any]:
+    """What the card says of the text; a data folder is its name alone, the other settings are not for it."""
+    if is_data_folder(Path(text.source)):
+        return {"source": text.source}
+    return {key: value for key, value in dataclasses.asdict(text).items() if value is not None}
+
+
+@contextlib.contextmanager
+def own_folder(out: Path) -> Iterator[None]:
+    """Inside, `out` is there and no other run trains into it; raises `UserError` for a foreign folder and for two."""
+    refuse_foreign_folder(out)
+    make_folder(out, "--out")
+    if (out / card.FACTS).exists():  # trained already: nothing will be written
+        yield
+        return
+    make_folder(out / STATE, "--out")
+    with (out / STATE / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out} is being trained by another process: wait for it, or name another --out") from None
+        yield
 
 
 def refuse_foreign_folder(out: Path) -> None:

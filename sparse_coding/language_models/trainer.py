@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,12 +74,27 @@ def dropout_from(seed: int, device: torch.device) -> Iterator[None]:
             torch.mps.set_rng_state(metal)
 
 
+def rows_per_pass(config: TrainConfig, processes: int) -> int:
+    """Windows in one forward pass: `batch_size`, or a share of it where there are more processes than passes.
+
+    Raises `UserError` where neither can be shared evenly.
+    """
+    if config.gradient_accumulation_steps % processes == 0:
+        return config.batch_size
+    if config.batch_size % processes == 0:
+        return config.batch_size // processes
+    raise UserError(
+        f"{processes} processes cannot share an update evenly: gradient_accumulation_steps = "
+        f"{config.gradient_accumulation_steps} or batch_size = {config.batch_size} must be a multiple of {processes}"
+    )
+
+
 @dataclass
 class Trainer:
     """The model, its optimiser and the text; one call of `update` is one step of AdamW.
 
     Several processes share the windows of an update and sum their gradients, so each makes the step that one process
-    alone would make; what differs is the order of the sums.
+    alone would make; what differs is the order of the sums. (Dropout differs too where `batch_size` had to be split.)
     """
 
     config: TrainConfig
@@ -90,12 +104,14 @@ class Trainer:
     device: torch.device
     dtype: torch.dtype  # of the matrix products
     processes: Processes = ALONE
+    rows: int = field(init=False)  # windows in one forward pass
     optimizer: torch.optim.AdamW = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)  # float16 only
     body: Callable[..., Any] = field(init=False)  # the model without its head, compiled if asked for
 
     def __post_init__(self) -> None:
         keep_freed_memory()
+        self.rows = rows_per_pass(self.config, self.processes.size)
         self.model.to(self.device)  # type: ignore[arg-type]
         self.model.train()
         self.optimizer = optimizer_for(self.model, self.config, self.device)
@@ -105,19 +121,6 @@ class Trainer:
     def autocast(self) -> Any:
         low = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype) if low else nullcontext()
-
-    @cached_property
-    def rows(self) -> int:
-        """Windows per forward pass: `batch_size`, or a share of it where there are more processes than passes."""
-        config, size = self.config, self.processes.size
-        if config.gradient_accumulation_steps % size == 0:
-            return config.batch_size
-        if config.batch_size % size == 0:
-            return config.batch_size // size
-        raise UserError(
-            f"{size} processes cannot share an update evenly: gradient_accumulation_steps = "
-            f"{config.gradient_accumulation_steps} or batch_size = {config.batch_size} must be a multiple of {size}"
-        )
 
     def windows(self, iteration: int) -> Int[Tensor, "N T+1"]:
         """All windows of an update, the same in every process."""
@@ -155,7 +158,7 @@ class Trainer:
         names, texts = ("train_loss", "val_loss"), (self.tokens, self.held_out)
         total = torch.zeros(2, device=self.device)
         for i in range(self.config.eval_iters):
-            if self.processes.any(stop(), self.device):
+            if self.processes.any(stop()):
                 self.model.train()
                 return None
             if i % self.processes.size != self.processes.rank:

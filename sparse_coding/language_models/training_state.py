@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from sparse_coding.errors import UserError
 from sparse_coding.files import write_tensors, write_text
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 LOG = "train_log.jsonl"  # in the folder of the run
 STATE = "training_state"  # its folder for what an unfinished run needs
+STATE_FILE = "state.safetensors"
 
 
 @dataclass
@@ -62,14 +62,26 @@ def save_state(path: Path, trainer: Trainer, progress: Progress, identity: Mappi
     write_tensors(path, tensors, {key: json.dumps(value) for key, value in facts.items()})
 
 
+def header_of(path: Path) -> dict[str, Any]:
+    """What a state says beside its tensors: progress, identity, scaler. Raises `UserError` for a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: json.loads(value) for key, value in file.metadata().items()}
+    except (SafetensorError, ValueError, AttributeError):
+        raise UserError(
+            f"{path} is damaged: delete {path.parent.parent} to start over, or name another --out"
+        ) from None
+
+
 def load_state(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -> Progress:
     """Put a saved state into `trainer`; raises `UserError` if it belongs to other settings or another text."""
     from safetensors import safe_open
 
+    header, saved = header_of(path), {}
+    refuse_other_run(path.parent.parent, header["identity"], identity)
     with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-        refuse_other_run(path.parent.parent, json.loads(header["identity"]), identity)
-        saved: dict[str, dict[str, Tensor]] = {}
         for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             kind, _, name = key.partition("/")
             saved.setdefault(name, {})[kind] = file.get_tensor(key)
@@ -81,8 +93,8 @@ def load_state(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -> Pro
     moments = {i: saved[names[parameter]] for i, parameter in enumerate(order) if saved[names[parameter]]}
     trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": moments})
     if trainer.scaler.is_enabled():
-        trainer.scaler.load_state_dict(json.loads(header["scaler"]))
-    return Progress(**json.loads(header["progress"]))
+        trainer.scaler.load_state_dict(header["scaler"])
+    return Progress(**header["progress"])
 
 
 def refuse_other_run(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

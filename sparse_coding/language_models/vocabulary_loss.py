@@ -28,14 +28,16 @@ def linear_cross_entropy(
     computed with the loss, so a second derivative does not exist.
     """
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, dtype)  # type: ignore[assignment]
+    learning = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, dtype, learning)  # type: ignore[assignment]
     return total / len(targets) if reduction == "mean" else total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype | None) -> Tensor:
-        learning = any(ctx.needs_input_grad)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype | None, learning: bool
+    ) -> Tensor:
         d_hidden, d_weight = (torch.zeros_like(x, dtype=torch.float32) if learning else None for x in (hidden, weight))
         total = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -63,6 +65,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
-        return (d_hidden * grad).to(ctx.dtypes[0]), (d_weight * grad).to(ctx.dtypes[1]), None, None
+        return (d_hidden * grad).to(ctx.dtypes[0]), (d_weight * grad).to(ctx.dtypes[1]), None, None, None

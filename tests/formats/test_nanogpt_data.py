@@ -64,7 +64,7 @@ def test_a_folder_of_nanogpt_is_read_as_nanogpt_reads_it(tmp_path: Path) -> None
     np.array([0, 1, 1], "<u2").tofile(tmp_path / "train.bin")
     np.array([1], "<u2").tofile(tmp_path / "val.bin")
     data = open_tokens(tmp_path)
-    assert (data.vocab_size, data.separator) == (50304, 50256)
+    assert (data.vocab_size, data.separator) == (50257, 50256)
     with (tmp_path / "meta.pkl").open("wb") as file:
         pickle.dump({"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}, file)
     characters = open_tokens(tmp_path)
@@ -75,13 +75,13 @@ def test_a_folder_of_nanogpt_is_read_as_nanogpt_reads_it(tmp_path: Path) -> None
 
 def test_the_hash_is_that_of_the_tokens_and_their_vocabulary(tmp_path: Path) -> None:
     """Ours, known from meta.json, and the same tokens without it, hashed when opened."""
-    write_ours(tmp_path / "a", [1, 2, 0], [3, 0], vocab_size=50304)
+    write_ours(tmp_path / "a", [1, 2, 0], [3, 0], vocab_size=50257)
     ours = open_tokens(tmp_path / "a").sha256
     (tmp_path / "a" / "meta.json").unlink()
     assert open_tokens(tmp_path / "a").sha256 == ours
     np.array([1, 2, 3], "<u2").tofile(tmp_path / "a" / "train.bin")
     assert open_tokens(tmp_path / "a").sha256 != ours
-    write_ours(tmp_path / "b", [1, 2], [0, 3, 0], vocab_size=50304)
+    write_ours(tmp_path / "b", [1, 2], [0, 3, 0], vocab_size=50257)
     assert open_tokens(tmp_path / "b").sha256 != ours
 
 
@@ -119,8 +119,8 @@ def test_an_id_outside_the_vocabulary_is_found_wherever_it_stands(
     with pytest.raises(UserError, match=r"val\.bin holds token 300"):
         open_tokens(tmp_path)
     (tmp_path / "meta.json").unlink()
-    np.array([50304], "<u2").tofile(tmp_path / "train.bin")
-    with pytest.raises(UserError, match=r"holds token 50304, and its vocabulary has 50304 .*meta\.pkl"):
+    np.array([50257], "<u2").tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match=r"holds token 50257, and its vocabulary has 50257 .*meta\.pkl"):
         open_tokens(tmp_path)
 
 

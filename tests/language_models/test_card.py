@@ -19,3 +19,5 @@ def test_samples_continue_the_text_within_the_context_and_follow_the_seed():
     assert len(drawn[0]) == 18
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+    limited = card.sample(made.model, prompt, new_tokens=50, seed=1, vocab_size=3)
+    assert set(limited[6:].tolist()) <= {0, 1, 2}

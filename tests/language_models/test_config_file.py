@@ -72,7 +72,7 @@ def test_names_may_be_computed_from_the_clock_and_from_keys_above(write):
 
 
 def test_what_is_learnt_does_not_depend_on_names_and_places(write):
-    settings = {"out_dir": "x", "wandb_log": True, "wandb_run_name": "y", "backend": "gloo", "init_from": "resume"}
+    settings = {"out_dir": "x", "wandb_log": True, "wandb_run_name": "y", "backend": "gloo"}
     plain, named = load_config(write(""))[0], load_config(write(""), settings)[0]
     assert plain != named
     assert plain.decisive() == named.decisive()
@@ -133,6 +133,9 @@ def test_overrides_win_over_the_file_and_bare_words_are_strings(write):
         ("device = 'tpu'", r"device = 'tpu' cannot be: it must be one of"),
         ("device = 'cpu:1'", r"device = 'cpu:1' cannot be"),
         ("n_layer = (", r"config\.py:1: not a Python assignment"),
+        ("learning_rate = 1000000**64", r"learning_rate is too large"),
+        ("n_layer = " + "-" * 6000 + "1", r"nested too deeply"),
+        ("n_layer = " + "-" * 900 + "1", r"nested too deeply"),
     ],
 )
 def test_anything_else_is_refused_with_its_place_and_the_reason(write, text, message):

@@ -14,7 +14,8 @@ import torch
 
 from sparse_coding.errors import UserError
 from sparse_coding.language_models.processes import Processes, processes
-from tests.language_models.tiny import CPU, TINY, trainer
+from sparse_coding.language_models.trainer import rows_per_pass
+from tests.language_models.tiny import CPU, TINY
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,17 +54,19 @@ def test_two_processes_make_the_curve_of_one(tmp_path, text, config_path, accumu
 
 
 def test_shares_that_are_not_even_are_refused():
-    uneven = trainer(dataclasses.replace(TINY, batch_size=8, gradient_accumulation_steps=2))
-    uneven.processes = Processes(0, 3)
+    config = dataclasses.replace(TINY, batch_size=8, gradient_accumulation_steps=2)
     with pytest.raises(UserError, match=r"3 processes cannot share an update evenly: .*= 2 or batch_size = 8"):
-        uneven.update(0)
-    assert [share(size) for size in (1, 2, 4, 8)] == [8, 8, 2, 1]
+        rows_per_pass(config, 3)
+    assert [rows_per_pass(config, size) for size in (1, 2, 4, 8)] == [8, 8, 2, 1]
 
 
-def share(size: int) -> int:
-    made = trainer(dataclasses.replace(TINY, batch_size=8, gradient_accumulation_steps=2))
-    made.processes = Processes(0, size)
-    return made.rows
+def test_a_mistake_is_said_once_and_ends_all(tmp_path, config_path):
+    (tmp_path / "empty.txt").write_text("")
+    done = start([str(config_path), "--text", str(tmp_path / "empty.txt"), "--out", str(tmp_path / "out")], 2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: text") == 1
+    assert done.stderr.count("Traceback") <= 1, "torchrun's own"
+    assert "RuntimeError" not in done.stderr
 
 
 def test_one_process_needs_no_torchrun_and_nccl_needs_a_gpu(monkeypatch):
@@ -74,7 +77,7 @@ def test_one_process_needs_no_torchrun_and_nccl_needs_a_gpu(monkeypatch):
         numbers = [torch.ones(2), torch.zeros(())]
         alone.sum_(numbers)
         assert [x.sum().item() for x in numbers] == [2.0, 0.0]
-        assert [alone.any(flag, CPU) for flag in (True, False)] == [True, False]
+        assert [alone.any(flag) for flag in (True, False)] == [True, False]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserError, match="nccl"), processes(CPU, "nccl"):

@@ -188,10 +188,45 @@ def test_training_can_start_from_another_model(tmp_path, text, config_path):
     assert second.config["n_layer"] == 2, "the shape is that of the model"
     again = train.train_lm(config_path, {**settings, "n_layer": 7}, text, tmp_path / "second", tokenizer)
     assert again == second
-    with pytest.raises(UserError, match=r"knows 270 tokens and the text has 279: give its own tokenizer"):
+    with pytest.raises(UserError, match=r"knows 270 tokens and the text has 279: tokenize it with the model's own tokenizer"):
         train.train_lm(config_path, settings, text, tmp_path / "third", vocab_size=300)
     with pytest.raises(UserError, match=r"init_from = 'scrach' is neither .*did you mean 'scratch'"):
         train.train_lm(config_path, {"init_from": "scrach"}, text, tmp_path / "third", vocab_size=300)
+
+
+def test_a_run_that_began_from_another_model_is_resumed_as_such(tmp_path, text, config_path):
+    train.train_lm(config_path, {"max_iters": 2}, text, tmp_path / "first", vocab_size=270)
+    began = {"init_from": str(tmp_path / "first"), "warmup_iters": 0, "max_iters": 6}
+    out, tokenizer = tmp_path / "second", str(tmp_path / "first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(updates.Trainer, "update", raising(3, updates.Trainer.update))
+        patch.setattr("sparse_coding.language_models.loop.Run.save_is_late", lambda run: True)
+        with pytest.raises(RuntimeError):
+            train.train_lm(config_path, began, text, out, tokenizer)
+    facts = train.train_lm(config_path, {**began, "init_from": "resume"}, text, out, tokenizer)
+    assert facts is not None
+    assert facts.config["init_from"] == str(tmp_path / "first")
+    assert train.train_lm(config_path, {**began, "init_from": "resume"}, text, out, tokenizer) == facts
+
+
+def test_two_runs_never_train_into_one_folder(tmp_path, text, config_path):
+    with (
+        train.own_folder(tmp_path / "out"),
+        pytest.raises(UserError, match="is being trained by another process"),
+    ):
+        train.train_lm(config_path, {}, text, tmp_path / "out", vocab_size=300)
+
+
+def test_damaged_files_of_a_run_are_one_line(tmp_path, text, config_path):
+    state = tmp_path / "out" / training_state.STATE
+    state.mkdir(parents=True)
+    (state / training_state.STATE_FILE).write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    with pytest.raises(UserError, match=r"state\.safetensors is damaged: delete"):
+        train.train_lm(config_path, {}, text, tmp_path / "out", vocab_size=300)
+    for content in ("{}", "junk"):
+        (tmp_path / "out" / card.FACTS).write_text(content)
+        with pytest.raises(UserError, match=r"training\.json is not what train-lm writes"):
+            card.read(tmp_path / "out")
 
 
 def test_resume_needs_something_to_resume(tmp_path, text, config_path, monkeypatch):
@@ -247,10 +282,10 @@ def test_a_data_set_by_its_name_or_its_path(tmp_path, config_path, monkeypatch, 
     facts = train.train_lm(config_path, settings, out=tmp_path / "out")
     assert facts is not None
     assert (facts.vocab_size, facts.train_tokens, facts.held_out_tokens) == (4, 1800, 300)
-    assert facts.text["source"] == "data/letters"
+    assert facts.text == {"source": "data/letters"}
     assert facts.samples[0][0] == "bcbac\nab"
     train.main([str(config_path), "--text", str(folder), "--out", str(tmp_path / "by-path"), "--set", "max_iters=2"])
-    for flag in (["--tokenizer", "char"], ["--vocab-size", "300"]):
+    for flag in (["--tokenizer", "char"], ["--vocab-size", "300"], ["--held-out", "0.5"], ["--max-documents", "3"]):
         with pytest.raises(SystemExit):
             train.main([str(config_path), "--text", str(folder), "--out", str(tmp_path / "no"), *flag])
         assert f"error: {flag[0]} is for text, and" in capsys.readouterr().err
