@@ -53,10 +53,11 @@ def written_whole(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
     Until then it lies beside its place, as `file.name`. Raises `UserError` where there can be no such folder.
     """
     make_folder(path.parent, str(path))
+    encoding, newline = ("utf-8", "") if mode == "w" else (None, None)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     os.close(handle)
     try:
-        with open(name, mode, **({"encoding": "utf-8", "newline": ""} if mode == "w" else {})) as file:
+        with open(name, mode, encoding=encoding, newline=newline) as file:
             yield file
         with open(name, "rb") as written:  # the caller may have put another file under the name
             os.fsync(written.fileno())

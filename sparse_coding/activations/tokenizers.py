@@ -10,11 +10,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_coding.errors import UserError, near
+from sparse_coding.files import make_folder
 from sparse_coding.formats.nanogpt_file import checkpoint_file, read_facts
 from sparse_coding.formats.nanogpt_meta import META, read_meta
 from sparse_coding.hub import offline_if_unreachable
@@ -26,7 +27,41 @@ END_OF_TEXT = "<|endoftext|>"  # GPT-2's separator; documents end with it
 UNKNOWN = "<|unknown|>"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")  # one of them makes a folder with a tokenizer
 SMALLEST_BPE = 257  # 256 bytes and the separator
+LEARNT_FROM = 200_000_000  # characters that byte pairs are learnt from; the words of more would fill the memory
 GPT2_SIZES = (50257, 50304)  # as it is, and as nanoGPT rounds it up
+DATA_SET = re.compile(r"\w[\w. -]{,99}")  # what a checkpoint may name: a folder in data/, and no way out of it
+
+
+def check_vocab_size(name: str, vocab_size: int | None) -> None:
+    """Raises `UserError` for a `--vocab-size` beside a `--tokenizer` that learns nothing."""
+    if vocab_size is not None and name != "bpe":
+        raise UserError(f"--vocab-size is for --tokenizer bpe; {name!r} has its own vocabulary")
+
+
+def make_tokenizer(
+    name: str, vocab_size: int | None, read: Callable[[Literal["train", "all"]], Iterable[str]], folder: Path
+) -> None:
+    """Save what `--tokenizer` names in `folder`: `bpe` and `char` are made from a text, anything else is loaded.
+
+    read: the documents of a part of the text. Byte pairs are learnt from the training part; the characters are those
+    of all the text, as in nanoGPT's data sets, so that no held-out one is unknown. vocab_size: of `bpe`; None is 2048.
+    """
+    if name == "bpe":
+        print(f"learning {vocab_size or 2048:,} tokens from the training text ...", flush=True)
+        train_byte_bpe(_first(read("train"), LEARNT_FROM), vocab_size or 2048, folder)
+    elif name == "char":
+        print("collecting the characters of the text ...", flush=True)
+        character_tokenizer(read("all"), folder)
+    else:
+        save_tokenizer(load_tokenizer(name), folder)
+
+
+def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
 
 
 def train_byte_bpe(documents: Iterable[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerFast:
@@ -102,7 +137,7 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
         return _of_checkpoint(checkpoint.resolve())
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if (folder / META).is_file() and not _holds_tokenizer(folder):
+        if (folder / META).is_file() and not holds_tokenizer(folder):
             return _of_data_set(folder)
         _check_folder(folder)
         try:
@@ -133,7 +168,7 @@ def _of_checkpoint(path: Path) -> PreTrainedTokenizerBase:
     facts = read_facts(path)
     size, data_set = facts.model_args["vocab_size"], facts.config.get("dataset")
     folders = [path.parent]
-    if isinstance(data_set, str) and re.fullmatch(r"\w[\w. -]{,99}", data_set):  # a name, not a way out of data/
+    if isinstance(data_set, str) and DATA_SET.fullmatch(data_set):
         folders += [folder / "data" / data_set for folder in (*path.parents, Path.cwd())]
     for folder in folders:
         if (folder / "tokenizer.json").is_file():
@@ -163,13 +198,14 @@ def _of_data_set(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer_from_characters(tokens)
 
 
-def _holds_tokenizer(folder: Path) -> bool:
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether there are files of a tokenizer, of whatever kind."""
     return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 def _check_folder(folder: Path) -> None:
     """Without this, transformers makes up a tokenizer of one token for a folder that holds only a config."""
-    if not _holds_tokenizer(folder):
+    if not holds_tokenizer(folder):
         raise UserError(f"folder {str(folder)!r} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
 
 
@@ -183,7 +219,7 @@ def _one_per_character(tokens: Sequence[str]) -> Any:
 
 
 def _save(tokenizer: Any, folder: Path, **special: str) -> PreTrainedTokenizerFast:
-    """Wrap, save in `folder` (each file appears whole), and return the tokenizer as it loads from there."""
+    """Wrap, save in `folder`, and return the tokenizer as it loads from there."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer.add_special_tokens([END_OF_TEXT, *special.values()])
@@ -194,18 +230,22 @@ def _save(tokenizer: Any, folder: Path, **special: str) -> PreTrainedTokenizerFa
         clean_up_tokenization_spaces=False,
         **special,
     )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(wrapped, folder)
+    return wrapped
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer's files in `folder`, where others may lie; each appears whole."""
+    make_folder(folder, "the tokenizer")
     temporary = Path(tempfile.mkdtemp(prefix=".tokenizer-", dir=folder))
     try:
-        wrapped.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         for file in sorted(temporary.iterdir()):
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(temporary)
-    return wrapped
 
 
 class _Counted:

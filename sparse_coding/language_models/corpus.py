@@ -70,7 +70,7 @@ def corpus_of(
 ) -> Corpus:
     """The tokens of a text, or of a data folder as they are. Raises `UserError` for less than one window of them.
 
-    tokenizer: `bpe` and `char` are made from the training text and kept in `out`; anything else is loaded.
+    tokenizer: `bpe` and `char` are made from the text and kept in `out`; anything else is loaded.
     """
     if is_data_folder(Path(text.source)):
         _refuse_for_tokens(text, tokenizer, vocab_size)
@@ -120,10 +120,9 @@ def tokenizer_for(
 
     What is kept is filed under everything it depends on, so another text or size never gets it.
     """
-    from sparse_coding.activations.tokenizers import character_tokenizer, load_tokenizer, train_byte_bpe
+    from sparse_coding.activations.tokenizers import check_vocab_size, load_tokenizer, make_tokenizer
 
-    if vocab_size is not None and name != "bpe":
-        raise UserError(f"--vocab-size is for --tokenizer bpe; {name!r} has its own vocabulary")
+    check_vocab_size(name, vocab_size)
     if (out / FACTS).exists():
         return load_tokenizer(out), out
     key = json.dumps([name, vocab_size, text_identity(text), text.held_out], sort_keys=True)
@@ -131,12 +130,7 @@ def tokenizer_for(
     if not kept.exists():
         part = out / STATE / "tokenizer.part"
         shutil.rmtree(part, ignore_errors=True)
-        if name == "bpe":
-            train_byte_bpe(documents(text, "train"), vocab_size or 2048, part)
-        elif name == "char":
-            character_tokenizer(documents(text, "train"), part)
-        else:
-            load_tokenizer(name).save_pretrained(part)
+        make_tokenizer(name, vocab_size, lambda of: documents(text, of), part)
         part.rename(kept)
     return load_tokenizer(kept), kept
 

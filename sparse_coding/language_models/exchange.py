@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_coding.activations.models import LanguageModel, load_model, tokens_given
-from sparse_coding.activations.tokenizers import load_tokenizer
+from sparse_coding.activations.tokenizers import DATA_SET, holds_tokenizer, load_tokenizer, save_tokenizer
+from sparse_coding.activations.tokens import encoder_of
 from sparse_coding.errors import UserError
+from sparse_coding.files import make_folder
 from sparse_coding.formats.nanogpt import read_checkpoint, write_checkpoint
+from sparse_coding.formats.nanogpt_data import write_meta
 from sparse_coding.formats.nanogpt_file import Facts, Gelu, checkpoint_file
+from sparse_coding.formats.nanogpt_meta import META, read_meta
 from sparse_coding.language_models.card import FACTS
+from sparse_coding.language_models.tokenize_text import is_gpt2, texts_of_ids
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
@@ -24,21 +30,38 @@ def export_nanogpt(model: str, checkpoint: Path) -> Facts:
     """Write a model (bundled, a folder, on the hub) as a checkpoint that nanoGPT samples from and goes on training.
 
     What is known of its training, from the checkpoint it was imported from or the training.json in its folder, is
-    written too. Raises `UserError` for a model nanoGPT has no words for and for a file that exists already.
+    written too. Beside it go the model's tokenizer, if it has one, and the meta.pkl by which nanoGPT samples text.
+    Raises `UserError` for a model nanoGPT has no words for, for a file that exists already, and for a folder with
+    another tokenizer.
     """
     if checkpoint_file(checkpoint) is None:
         raise UserError(f"a checkpoint is a file such as out/ckpt.pt: {str(checkpoint)!r} is none")
     _refuse_existing(checkpoint)
     loaded = load_model(model, device="cpu", dtype="float32")
-    facts = write_checkpoint(checkpoint, loaded.hf, **_training(Path(loaded.path)))  # type: ignore[arg-type]
+    training, words = _training(loaded), _own_tokenizer(loaded)
+    texts = None if words is None or is_gpt2(words) else _padded(texts_of_ids(words), loaded.vocab_size)
+    if texts is not None:
+        training["config"]["dataset"] = _data_set(training["config"], loaded)
+    _refuse_other_tokenizer(checkpoint.parent, words, texts)
+    facts = write_checkpoint(checkpoint, loaded.hf, **training)  # type: ignore[arg-type]
+    if words is not None and not holds_tokenizer(checkpoint.parent):
+        save_tokenizer(words, checkpoint.parent)
+    if texts is not None and not (checkpoint.parent / META).is_file():
+        write_meta(checkpoint.parent, *texts)
     print(f"{checkpoint}: {_words(facts)}")
     if facts.gelu == "tanh":
         print(
             "note: the model has the tanh form of GELU; nanoGPT computes the exact one, and its logits differ by up to"
         )
         print("about 0.001. import-nanogpt and run.py --model read the tanh form back from the file")
-    print(f"nanoGPT loads it with  python sample.py --out_dir={checkpoint.parent}  and goes on training with")
-    print(f"    python train.py --init_from=resume --out_dir={checkpoint.parent}    (AdamW's moments start at zero)")
+    folder = checkpoint.parent.resolve()
+    out_dir, meta = shlex.quote(str(folder)), shlex.quote(str(folder / META))
+    if texts is not None:
+        print("nanoGPT takes tokens for GPT-2's until it has this model's; in its folder, do once")
+        data = shlex.quote(f"data/{facts.config['dataset']}")
+        print(f"    mkdir -p {data} && cp {meta} {data}/")
+    print(f"nanoGPT loads it with  python sample.py --out_dir={out_dir}  and goes on training with")
+    print(f"    python train.py --init_from=resume --out_dir={out_dir}    (AdamW's moments start at zero)")
     if checkpoint.name != "ckpt.pt":
         print(f"once it is named ckpt.pt: nanoGPT looks for no other name than {checkpoint.with_name('ckpt.pt')}")
     return facts
@@ -58,7 +81,7 @@ def import_nanogpt(checkpoint: Path, folder: Path, gelu: Gelu | None = None, tok
         configs: list[Any] = [read.model.config, read.model.generation_config]
         for config in configs:
             config.bos_token_id, config.eos_token_id = words.bos_token_id, words.eos_token_id
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent, str(folder))
     writing = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _save(read.model, words, writing)
@@ -80,10 +103,11 @@ def _words(facts: Facts) -> str:
     return f"update {facts.iter_num:,}, {', '.join(f'{name}={value}' for name, value in facts.model_args.items())}"
 
 
-def _training(folder: Path) -> dict[str, Any]:
-    """What the training.json of train-lm says that a checkpoint has a place for."""
+def _training(model: LanguageModel) -> dict[str, Any]:
+    """What the training.json of train-lm, or else the model's config, says that a checkpoint has a place for."""
+    folder = Path(model.path)
     if not (folder / FACTS).is_file():
-        return {}
+        return {"config": dict((getattr(model.config, "nanogpt", None) or {}).get("config", {}))}
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         config = dict(facts["config"])
@@ -94,6 +118,43 @@ def _training(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder / FACTS} is not what train-lm writes: remove it, and the model is written all the same"
         ) from None
+
+
+def _own_tokenizer(model: LanguageModel) -> PreTrainedTokenizerBase | None:
+    try:
+        words = load_tokenizer(model.path)
+        tokens_given(model, words)
+        return words
+    except UserError as error:
+        print(f"note: no tokenizer is written ({error})")
+        return None
+
+
+def _padded(texts: tuple[list[str], dict[str, int]], size: int) -> tuple[list[str], dict[str, int]]:
+    """With no text for the ids that only the model has: it may sample them all the same."""
+    itos, stoi = texts
+    return itos + [""] * (size - len(itos)), stoi
+
+
+def _data_set(config: dict[str, Any], model: LanguageModel) -> str:
+    """The folder in data/ where nanoGPT is to find meta.pkl: the one that is named already, if it can be one."""
+    names = (config.get("dataset"), Path(model.path).resolve().name)
+    return next((name for name in names if isinstance(name, str) and DATA_SET.fullmatch(name)), "exported")
+
+
+def _refuse_other_tokenizer(
+    folder: Path, words: PreTrainedTokenizerBase | None, texts: tuple[list[str], dict[str, int]] | None
+) -> None:
+    """What lies beside a checkpoint is taken for its own, so it must be the model's, and is not overwritten."""
+    if words is None:
+        return
+    other = None
+    if holds_tokenizer(folder) and encoder_of(load_tokenizer(folder)).sha256 != encoder_of(words).sha256:
+        other = "tokenizer"
+    elif texts is not None and (folder / META).is_file() and read_meta(folder / META).tokens != texts[0]:
+        other = META
+    if other is not None:
+        raise UserError(f"folder {str(folder)!r} holds another {other} than the model's: name another folder")
 
 
 def _tokenizer(checkpoint: Path, name: str | None) -> PreTrainedTokenizerBase | None:

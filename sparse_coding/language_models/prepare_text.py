@@ -8,15 +8,13 @@ for byte, of one that never stopped.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sparse_coding.activations.text import (
     PYTHON_DOCS,
@@ -26,9 +24,10 @@ from sparse_coding.activations.text import (
     documents_of_both,
     text_identity,
 )
-from sparse_coding.activations.tokenizers import character_tokenizer, load_tokenizer, train_byte_bpe
+from sparse_coding.activations.tokenizers import check_vocab_size, make_tokenizer
+from sparse_coding.config import from_dict
 from sparse_coding.errors import Interrupted, UserError
-from sparse_coding.files import write_text
+from sparse_coding.files import make_folder, write_text, written_whole
 from sparse_coding.formats.nanogpt_data import FACTS, TRAIN, UNFINISHED, VAL, Counts, Facts, read_facts
 from sparse_coding.language_models.loop import stop_requests
 from sparse_coding.language_models.tokenize_text import Asked, tokenize
@@ -36,7 +35,6 @@ from sparse_coding.training.run_folder import differences
 
 PARTS: tuple[Part, ...] = ("train", "held_out")
 TEXT_FILES = (".jsonl", ".txt")  # an --out that ends so is text
-LEARNT_FROM = 200_000_000  # characters that byte pairs are learnt from; the words of more would fill the memory
 
 
 def prepare_text(text: TextSettings, out: Path, tokenizer: str = "bpe", vocab_size: int | None = None) -> Facts:
@@ -46,8 +44,7 @@ def prepare_text(text: TextSettings, out: Path, tokenizer: str = "bpe", vocab_si
     vocab_size: of `bpe`, 2048 if None. Raises `UserError` for settings that make no sense and for a folder that holds
     anything else, `Interrupted` when stopped.
     """
-    if vocab_size is not None and tokenizer != "bpe":
-        raise UserError(f"--vocab-size is for --tokenizer bpe; {tokenizer!r} has its own vocabulary")
+    check_vocab_size(tokenizer, vocab_size)
     settings = {
         "text": text_identity(text),
         "held_out": text.held_out,
@@ -65,11 +62,11 @@ def prepare_text(text: TextSettings, out: Path, tokenizer: str = "bpe", vocab_si
         if new:
             _begin(out, settings, text, asked)
         try:
-            counts = _counts(out)
+            _, counts = _noted(out)
             facts = tokenize(rows, out, counts, settings, lambda: _note(out, settings, counts), asked)
             (out / UNFINISHED).unlink()
         except UserError:
-            if new and not any(counts.documents for counts in _counts(out).values()):
+            if new and not any(counts.documents for counts in _noted(out)[1].values()):
                 shutil.rmtree(out)  # a mistake found before anything was done leaves nothing behind
             raise
     print(f"{out}: {_words(facts)}")
@@ -86,7 +83,7 @@ def _is_new(out: Path, facts: Facts | None, settings: dict[str, Any]) -> bool:
     if facts is None and not (out / UNFINISHED).is_file():
         kind = "holds other files" if out.is_dir() else "is a file"
         raise UserError(f"--out {out} {kind}: name a new folder for tokens, or a new file ending in .jsonl or .txt")
-    before = facts.made_from if facts else _noted(out)["made_from"]
+    before = facts.made_from if facts else _noted(out)[0]
     changed = differences(before, json.loads(json.dumps(settings)))
     if changed:
         raise UserError(
@@ -99,11 +96,8 @@ def _is_new(out: Path, facts: Facts | None, settings: dict[str, Any]) -> bool:
 def _begin(out: Path, settings: dict[str, Any], text: TextSettings, asked: Asked) -> None:
     """Make the folder, with the tokenizer and the note that nothing is written yet; it appears whole."""
     out = out.resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        writing = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror}): name another folder") from None
+    make_folder(out.parent, f"--out {out}")
+    writing = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         _save_tokenizer(writing, settings["tokenizer"], settings["vocab_size"], text, asked)
         _note(writing, settings, {part: Counts() for part in PARTS})
@@ -119,22 +113,7 @@ def _save_tokenizer(folder: Path, name: str, vocab_size: int | None, text: TextS
         if asked():
             raise Interrupted("the vocabulary was not learnt yet; start the same command again")
 
-    if name == "bpe":
-        print(f"learning {vocab_size or 2048:,} tokens from the training text ...", flush=True)
-        train_byte_bpe(_first(read("train"), LEARNT_FROM), vocab_size or 2048, folder)
-    elif name == "char":
-        print("collecting the characters of the text ...", flush=True)
-        character_tokenizer(read("all"), folder)
-    else:
-        load_tokenizer(name).save_pretrained(folder)
-
-
-def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
-    for text in texts:
-        yield text
-        characters -= len(text)
-        if characters <= 0:
-            return
+    make_tokenizer(name, vocab_size, read, folder)
 
 
 def _note(out: Path, settings: dict[str, Any], counts: dict[Part, Counts]) -> None:
@@ -142,13 +121,19 @@ def _note(out: Path, settings: dict[str, Any], counts: dict[Part, Counts]) -> No
     write_text(out / UNFINISHED, json.dumps({"made_from": settings, "counts": said}, indent=1))
 
 
-def _counts(out: Path) -> dict[Part, Counts]:
-    """What was in each file when it was noted last."""
-    return {part: Counts(**_noted(out)["counts"][part]) for part in PARTS}
-
-
-def _noted(out: Path) -> dict[str, Any]:
-    return json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
+def _noted(out: Path) -> tuple[dict[str, Any], dict[Part, Counts]]:
+    """The settings, and what was in each file when it was noted last; raises `UserError` for what is no such note."""
+    path = out / UNFINISHED
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        counts: dict[Part, Counts] = {
+            part: from_dict(Counts, dict(said["counts"][part]), f"{path}: ") for part in PARTS
+        }
+        if min(min(vars(count).values()) for count in counts.values()) < 0:
+            raise ValueError
+        return dict(said["made_from"]), counts
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not what prepare-text writes: delete {out} and start again") from None
 
 
 def _words(facts: Facts) -> str:
@@ -180,7 +165,7 @@ def write_back(text: TextSettings, out: Path) -> None:
         raise UserError(f"--out {out} exists already: nothing is overwritten; name another file, or remove it first")
     count = characters = 0
     rows = documents(text, "all")
-    with stop_requests() as asked, _written_whole(out) as file:
+    with stop_requests() as asked, written_whole(out) as file:
         for document in takewhile(lambda _: not asked(), rows):
             file.write(document if out.suffix == ".txt" else json.dumps({"text": document}, ensure_ascii=False) + "\n")
             count += 1
@@ -188,23 +173,6 @@ def write_back(text: TextSettings, out: Path) -> None:
         if asked():
             raise Interrupted(f"{out} is not written; start the same command again")
     print(f"{out}: {count:,} documents, {characters:,} characters")
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[IO[str]]:
-    """A file to write text into, as it is, that takes its name when all is done, or vanishes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 # ---- the verb

@@ -75,8 +75,8 @@ def tokenize(
         train_facts, val_facts = train.finish(), held_out.finish()
     assert train_facts is not None
     facts = Facts(FORMAT, ids_for(vocab_size), vocab_size, separator, encoder.sha256, train_facts, val_facts, made_from)
-    if facts.dtype == "uint16" and not _is_gpt2(words):
-        write_meta(out, *_texts_of_ids(words, encoder, vocab_size))
+    if facts.dtype == "uint16" and not is_gpt2(words):
+        write_meta(out, *texts_of_ids(words))
     write_facts(out, facts)
     return facts
 
@@ -127,17 +127,16 @@ def _append(
                 saved = time.monotonic()
 
 
-def _is_gpt2(tokenizer: PreTrainedTokenizerBase) -> bool:
+def is_gpt2(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether these are GPT-2's own tokens, which nanoGPT takes for granted where there is no meta.pkl."""
     vocabulary = tokenizer.get_vocab()
     return hashlib.sha256("\n".join(sorted(vocabulary, key=vocabulary.__getitem__)).encode()).hexdigest() == GPT2_TOKENS
 
 
-def _texts_of_ids(
-    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, vocab_size: int
-) -> tuple[list[str], dict[str, int]]:
-    """The text of each id, and the id of each character that is a token by itself."""
-    itos = decoder_of(tokenizer)(list(np.arange(vocab_size, dtype=np.uint32)[:, None]))
+def texts_of_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], dict[str, int]]:
+    """The text of each id, and the id of each character that is a token by itself: what meta.pkl holds."""
+    ids = np.arange(max(tokenizer.get_vocab().values()) + 1, dtype=np.uint32)
+    itos, encoder = decoder_of(tokenizer)(list(ids[:, None])), encoder_of(tokenizer)
     characters = sorted({text for text in itos if len(text) == 1})
     encoded = encoder.encode(characters)  # half a character decodes to U+FFFD, and is none
     return itos, {text: ids[0] for text, ids in zip(characters, encoded, strict=True) if len(ids) == 1}

@@ -65,7 +65,7 @@ def train_lm(
     """Train the GPT of a config file on a text, or go on with it; `out` becomes a Hugging Face model folder.
 
     text: None is the config's data set, or python-docs. out: None is the config's out_dir, or outputs/<its name>.
-    tokenizer: `bpe` (None) and `char` are made from the training text, anything else is a tokenizer on the hub or in a
+    tokenizer: `bpe` (None) and `char` are made from the text, anything else is a tokenizer on the hub or in a
     folder; a data folder has its own. vocab_size: of `bpe`, 2048 if None. command: what to write into the README.
     Leaves config.json, model.safetensors, the tokenizer's files, README.md, loss_curve.png, training.json (the returned
     facts; None for `eval_only` and for all processes of `torchrun` but the first) and train_log.jsonl.

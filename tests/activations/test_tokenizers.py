@@ -287,3 +287,21 @@ def test_a_checkpoint_names_no_way_out_of_the_data_folder(dataset: Any, tmp_path
     path = checkpoint(tmp_path / "out" / "ckpt.pt", len(CHARACTERS), dataset)
     with pytest.raises(UserError, match="comes without a tokenizer: there is none beside it"):
         load_tokenizer(path)
+
+
+# ---- what --tokenizer names
+
+
+def test_a_tokenizer_is_made_from_its_part_of_the_text_or_loaded(tmp_path: Path, monkeypatch) -> None:
+    parts = {"train": ["aaaa", "bbbb", "cccc"], "all": ["aaaa", "bbbb", "cccc", "d"]}
+    monkeypatch.setattr(module, "LEARNT_FROM", 5)
+    module.make_tokenizer("bpe", 300, lambda part: iter(parts[part]), tmp_path / "bpe")
+    vocabulary = load_tokenizer(tmp_path / "bpe").get_vocab()
+    assert "bb" in vocabulary, "the document that passes the bound is taken whole"
+    assert "cc" not in vocabulary, "and none after it"
+    module.make_tokenizer("char", None, parts.__getitem__, tmp_path / "char")
+    assert sorted(load_tokenizer(tmp_path / "char").get_vocab())[2:] == ["a", "b", "c", "d"]
+    module.make_tokenizer(str(tmp_path / "bpe"), None, parts.__getitem__, tmp_path / "loaded")
+    assert load_tokenizer(tmp_path / "loaded").get_vocab() == vocabulary
+    with pytest.raises(UserError, match="--vocab-size is for --tokenizer bpe; 'char' has its own vocabulary"):
+        module.check_vocab_size("char", 300)

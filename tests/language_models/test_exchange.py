@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from sparse_coding.activations.tokenizers import load_tokenizer, train_byte_bpe
 from sparse_coding.errors import UserError
 from sparse_coding.formats.nanogpt import read_checkpoint
 from sparse_coding.formats.nanogpt_file import read_facts
+from sparse_coding.language_models import exchange
 from sparse_coding.language_models.exchange import export_nanogpt, import_nanogpt
 from tests.formats.nanogpt_oracle import CONFIG, NanoGPT, checkpoint, saved, tokens_for
 
@@ -83,7 +86,7 @@ def test_the_bundled_model_goes_out_with_the_facts_of_its_training_and_comes_bac
     assert facts.config["learning_rate"] == known["config"]["learning_rate"]
     assert facts.config["dataset"] == "python-docs"
     assert facts.config["gelu"] == "exact"
-    import_nanogpt(tmp_path / "ckpt.pt", tmp_path / "back", tokenizer=str(folder))
+    import_nanogpt(tmp_path / "ckpt.pt", tmp_path / "back")
     model, again = (load_model(path, device="cpu").hf for path in (folder, tmp_path / "back"))
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
@@ -163,3 +166,97 @@ def test_an_export_of_openais_kind_of_model_is_read_back_with_its_own_gelu(tmp_p
     model, again = load_model(tmp_path / "gpt2", device="cpu").hf, read_checkpoint(tmp_path / "model.pt").model
     tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(tokens).logits, again(tokens).logits)
+
+
+# ---- the tokenizer goes along
+
+
+@pytest.fixture
+def own_model(tmp_path: Path) -> Path:
+    """A model with byte pairs of its own, 260 of them, and five ids of padding."""
+    train_byte_bpe(["def f(x):\n    return x\n"] * 3, 260, tmp_path / "own")
+    sizes = {"vocab_size": 265, "n_positions": 12, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "own")
+    return tmp_path / "own"
+
+
+def test_an_export_comes_back_from_the_checkpoint_alone_with_its_tokenizer(own_model, tmp_path):
+    export_nanogpt(str(own_model), tmp_path / "out" / "ckpt.pt")
+    words = (own_model / "tokenizer.json").read_bytes()
+    shutil.rmtree(own_model)
+    assert load_tokenizer(tmp_path / "out" / "ckpt.pt").get_vocab() == load_tokenizer(tmp_path / "out").get_vocab()
+    import_nanogpt(tmp_path / "out" / "ckpt.pt", tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == words
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").eos_token_id == 0
+
+
+def test_what_is_printed_makes_nanogpt_write_text(own_model, tmp_path, capsys):
+    """The printed command is carried out in nanoGPT's folder; then the vocabulary is read as its sample.py does."""
+    checkpoint = tmp_path / "a folder" / "ckpt.pt"
+    export_nanogpt(str(own_model), checkpoint)
+    command = next(line for line in capsys.readouterr().out.splitlines() if "mkdir" in line)
+    (tmp_path / "nanoGPT").mkdir()
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path / "nanoGPT")
+    data_set = torch.load(checkpoint, weights_only=True)["config"]["dataset"]
+    meta = pickle.loads((tmp_path / "nanoGPT" / "data" / data_set / "meta.pkl").read_bytes())
+    prompt = [meta["stoi"][character] for character in "\nreturn"]
+    assert "".join(meta["itos"][i] for i in prompt) == "\nreturn"
+    assert "".join(meta["itos"][i] for i in load_tokenizer(checkpoint)("return x")["input_ids"]) == "return x"
+    assert [meta["itos"][i] for i in range(260, 265)] == [""] * 5, "the model may sample its padding"
+
+
+@pytest.mark.parametrize("named", ["../../etc", "a;b", "", 3])
+def test_a_data_set_that_no_folder_can_be_gives_way(own_model, tmp_path, named):
+    config = json.loads((own_model / "config.json").read_text())
+    (own_model / "config.json").write_text(json.dumps({**config, "nanogpt": {"config": {"dataset": named}}}))
+    export_nanogpt(str(own_model), tmp_path / "out" / "ckpt.pt")
+    assert read_facts(tmp_path / "out" / "ckpt.pt").config["dataset"] == "own"
+
+
+def test_another_tokenizer_beside_the_checkpoint_is_kept_and_nothing_written(own_model, tmp_path):
+    out = tmp_path / "out"
+    train_byte_bpe(["other words"] * 3, 259, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match="holds another tokenizer than the model's: name another folder"):
+        export_nanogpt(str(own_model), out / "ckpt.pt")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 27, "itos": dict(enumerate(LETTERS))}))
+    with pytest.raises(UserError, match=r"holds another meta\.pkl than the model's"):
+        export_nanogpt(str(own_model), out / "ckpt.pt")
+    assert [path.name for path in out.iterdir()] == ["meta.pkl"]
+
+
+def test_the_same_tokenizer_beside_the_checkpoint_is_left_as_it_is(own_model, tmp_path):
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in own_model.iterdir()}
+    export_nanogpt(str(own_model), own_model / "ckpt.pt")
+    export_nanogpt(str(own_model), own_model / "second.pt")
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in own_model.iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"ckpt.pt", "second.pt", "meta.pkl"}
+
+
+def test_gpt2s_own_tokens_need_no_meta(own_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exchange, "is_gpt2", lambda _: True)
+    export_nanogpt(str(own_model), tmp_path / "out" / "ckpt.pt")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("ckpt.pt", "tokenizer.json", "tokenizer_config.json")
+    ]
+    assert "mkdir" not in capsys.readouterr().out
+    assert "dataset" not in read_facts(tmp_path / "out" / "ckpt.pt").config
+
+
+def test_a_model_without_a_tokenizer_that_fits_goes_out_without(own_model, tmp_path, capsys):
+    train_byte_bpe([" ".join(f"word{i}" for i in range(99))] * 3, 290, own_model)
+    export_nanogpt(str(own_model), tmp_path / "out" / "ckpt.pt")
+    assert "note: no tokenizer is written (the tokenizer has 290 tokens, model" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ckpt.pt"]
+
+
+def test_a_place_below_a_file_is_one_line(char_checkpoint, own_model, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match=r"a\.txt is a file"):
+        export_nanogpt(str(own_model), tmp_path / "a.txt" / "ckpt.pt")
+    with pytest.raises(UserError, match=r"a\.txt is a file"):
+        import_nanogpt(char_checkpoint, tmp_path / "a.txt" / "folder")

@@ -348,6 +348,40 @@ def test_other_files_are_never_touched(text: TextSettings, tmp_path: Path) -> No
     prepare_text(text, tmp_path / "empty", "char")
 
 
+@pytest.mark.parametrize("name", ["y.jsonl", "x/y.txt", "folder", "x/folder"])
+def test_a_place_below_a_file_is_one_line(text: TextSettings, tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match=r"a\.txt is a file"):
+        main(["prepare-text", "--text", text.source, "--out", str(tmp_path / "a.txt" / name)])
+    assert (tmp_path / "a.txt").read_text() == "text"
+
+
+EMPTY = {"documents": 0, "characters": 0, "tokens": 0}
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        "",
+        "{}",
+        "[]",
+        "\x00junk",
+        json.dumps({"made_from": {}}),
+        json.dumps({"made_from": {}, "counts": {"train": EMPTY}}),
+        json.dumps({"made_from": {}, "counts": {"train": EMPTY, "held_out": 3}}),
+        json.dumps({"made_from": {}, "counts": {"train": EMPTY, "held_out": {**EMPTY, "tokens": "3"}}}),
+        json.dumps({"made_from": {}, "counts": {"train": EMPTY, "held_out": {**EMPTY, "tokens": -1}}}),
+        json.dumps({"made_from": 3, "counts": {"train": EMPTY, "held_out": EMPTY}}),
+    ],
+)
+def test_a_note_that_is_none_is_one_line_and_stays(text: TextSettings, tmp_path: Path, note: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "unfinished.json").write_text(note)
+    with pytest.raises(UserError, match=r"unfinished\.json"):
+        prepare_text(text, tmp_path / "out", "char")
+    assert content(tmp_path / "out") == {"unfinished.json": note.encode()}
+
+
 def test_text_is_written_back_whole_or_not_at_all(
     text: TextSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,7 +188,9 @@ def test_training_can_start_from_another_model(tmp_path, text, config_path):
     assert second.config["n_layer"] == 2, "the shape is that of the model"
     again = train.train_lm(config_path, {**settings, "n_layer": 7}, text, tmp_path / "second", tokenizer)
     assert again == second
-    with pytest.raises(UserError, match=r"knows 270 tokens and the text has 279: tokenize it with the model's own tokenizer"):
+    with pytest.raises(
+        UserError, match=r"knows 270 tokens and the text has 279: tokenize it with the model's own tokenizer"
+    ):
         train.train_lm(config_path, settings, text, tmp_path / "third", vocab_size=300)
     with pytest.raises(UserError, match=r"init_from = 'scrach' is neither .*did you mean 'scratch'"):
         train.train_lm(config_path, {"init_from": "scrach"}, text, tmp_path / "third", vocab_size=300)
