@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import platform
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -25,7 +24,6 @@ from sparse_coding.activations.text import TextSettings
 from sparse_coding.config import parse
 from sparse_coding.device import pick_device
 from sparse_coding.errors import UserError, near, reported
-from sparse_coding.files import make_folder
 from sparse_coding.formats.nanogpt_data import is_data_folder
 from sparse_coding.language_models import card
 from sparse_coding.language_models.config_file import TrainConfig, Value, load_config, parse_overrides
@@ -40,8 +38,9 @@ from sparse_coding.language_models.training_state import (
     STATE,
     STATE_FILE,
     Progress,
-    header_of,
+    begun_from,
     load_state,
+    own_folder,
     refuse_other_run,
 )
 from sparse_coding.training.precision import has_bf16
@@ -252,47 +251,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def begun_from(config: TrainConfig, out: Path) -> str:
-    """`init_from`, and for `resume` that of the run in `out`; raises `UserError` where there is none."""
-    if config.init_from != "resume":
-        return config.init_from
-    if (out / card.FACTS).exists():
-        return card.read(out).config["init_from"]
-    if (out / STATE / STATE_FILE).exists():
-        return header_of(out / STATE / STATE_FILE)["identity"]["init_from"]
-    raise UserError(f"init_from = 'resume', but {out} holds no run to go on with: leave init_from out")
-
-
 def text_facts(text: TextSettings) -> dict[str, Any]:
     """What the card says of the text; a data folder is its name alone, the other settings are not for it."""
     if is_data_folder(Path(text.source)):
         return {"source": text.source}
     return {key: value for key, value in dataclasses.asdict(text).items() if value is not None}
-
-
-@contextlib.contextmanager
-def own_folder(out: Path) -> Iterator[None]:
-    """Inside, `out` is there and no other run trains into it; raises `UserError` for a foreign folder and for two."""
-    refuse_foreign_folder(out)
-    make_folder(out, "--out")
-    if (out / card.FACTS).exists():  # trained already: nothing will be written
-        yield
-        return
-    make_folder(out / STATE, "--out")
-    with (out / STATE / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{out} is being trained by another process: wait for it, or name another --out") from None
-        yield
-
-
-def refuse_foreign_folder(out: Path) -> None:
-    """`UserError` if `out` holds files of something else, which the model's files could overwrite."""
-    if out.is_file():
-        raise UserError(f"--out {out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (STATE, card.FACTS)):
-        raise UserError(f"--out {out} holds files that are no training run; name a new folder")
 
 
 Pairs: TypeAlias = tuple[tuple[str, ...], ...]  # one tuple for each time that --set is given

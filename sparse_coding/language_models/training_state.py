@@ -1,11 +1,16 @@
-"""What a run keeps on disk so that it goes on to the same bits: weights, AdamW's moments, its place, its log."""
+"""What a run keeps on disk so that it goes on to the same bits: weights, AdamW's moments, its place, its log.
+
+And whose the folder is: one run's, of one process at a time.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparse_coding.errors import UserError
-from sparse_coding.files import write_tensors, write_text
+from sparse_coding.files import make_folder, write_tensors, write_text
+from sparse_coding.language_models.card import FACTS
+from sparse_coding.language_models.card import read as read_facts
+from sparse_coding.language_models.config_file import TrainConfig
 from sparse_coding.language_models.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -106,6 +114,42 @@ def refuse_other_run(folder: Path, there: Mapping[str, Any], here: Mapping[str, 
             f"{folder} holds a run with other settings ({'; '.join(changed)}): "
             "start it with those, choose another --out, or delete the folder"
         )
+
+
+def begun_from(config: TrainConfig, out: Path) -> str:
+    """`init_from`, and for `resume` that of the run in `out`; raises `UserError` where there is none."""
+    if config.init_from != "resume":
+        return config.init_from
+    if (out / FACTS).exists():
+        return read_facts(out).config["init_from"]
+    if (out / STATE / STATE_FILE).exists():
+        return header_of(out / STATE / STATE_FILE)["identity"]["init_from"]
+    raise UserError(f"init_from = 'resume', but {out} holds no run to go on with: leave init_from out")
+
+
+@contextmanager
+def own_folder(out: Path) -> Iterator[None]:
+    """Inside, `out` is there and no other run trains into it; raises `UserError` for a foreign folder and for two."""
+    refuse_foreign_folder(out)
+    make_folder(out, "--out")
+    if (out / FACTS).exists():  # trained already: nothing will be written
+        yield
+        return
+    make_folder(out / STATE, "--out")
+    with (out / STATE / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out} is being trained by another process: wait for it, or name another --out") from None
+        yield
+
+
+def refuse_foreign_folder(out: Path) -> None:
+    """`UserError` if `out` holds files of something else, which the model's files could overwrite."""
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (STATE, FACTS)):
+        raise UserError(f"--out {out} holds files that are no training run; name a new folder")
 
 
 def keep_log_until(path: Path, progress: Progress) -> None:

@@ -213,7 +213,7 @@ def test_a_run_that_began_from_another_model_is_resumed_as_such(tmp_path, text, 
 
 def test_two_runs_never_train_into_one_folder(tmp_path, text, config_path):
     with (
-        train.own_folder(tmp_path / "out"),
+        training_state.own_folder(tmp_path / "out"),
         pytest.raises(UserError, match="is being trained by another process"),
     ):
         train.train_lm(config_path, {}, text, tmp_path / "out", vocab_size=300)
