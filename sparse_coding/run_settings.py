@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,8 +52,8 @@ class TextFlags:
 
     text: str | None = None
     """python-docs (documentation and sources of the Python install), a local .txt, .jsonl or .parquet file or folder,
-    a folder saved by datasets, or a Hugging Face data set by name. By default python-docs for a bundled model and
-    NeelNanda/pile-10k for others."""
+    a folder saved by datasets, or a Hugging Face data set by name. By default what a model of train-lm was
+    trained on (the bundled ones: python-docs), and NeelNanda/pile-10k for others."""
     text_config: str | None = None
     """Configuration of a Hugging Face data set."""
     text_split: str = "train"
@@ -203,7 +204,7 @@ class RunSettings:
     def text_settings(self) -> TextSettings:
         flags = self.text
         return TextSettings(
-            source=flags.text or ("python-docs" if self.bundled else "NeelNanda/pile-10k"),
+            source=flags.text or default_text(self.model.model),
             config=flags.text_config,
             split=flags.text_split,
             column=flags.text_column,
@@ -220,3 +221,12 @@ class RunSettings:
         if checkpoint is not None and checkpoint.is_file():  # nanoGPT writes to the same file again and again
             known["checkpoint_sha256"] = file_sha256(checkpoint)
         return {"kind": "run", **known}
+
+
+def default_text(model: str) -> str:
+    """What is read when no text is named: the text that a model of train-lm was trained on, else Pile10k."""
+    folder = bundled_models().get(model, Path(model))
+    try:
+        return json.loads((folder / "training.json").read_text(encoding="utf-8"))["text"]["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "NeelNanda/pile-10k"

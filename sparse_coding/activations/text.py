@@ -155,7 +155,7 @@ def _select(settings: TextSettings, part: Part, rows: Iterator[tuple[Part, str |
     if not seen:
         raise UserError(f"text {settings.source!r} is empty: there is not one document with text in it")
     if not given:
-        change = "raise held_out" if part == "held_out" else "lower held_out"
+        change = "raise held_out (--held-out)" if part == "held_out" else "lower held_out (--held-out)"
         raise UserError(
             f"text {settings.source!r}: none of its {seen} documents is in the {part} part "
             f"(held_out={settings.held_out}); {change} or give more text"

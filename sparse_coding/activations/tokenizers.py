@@ -107,18 +107,26 @@ def character_tokenizer(documents: Iterable[str], folder: Path) -> PreTrainedTok
 def tokenizer_from_characters(tokens: Sequence[str]) -> PreTrainedTokenizerFast:
     """The tokenizer of nanoGPT's character-level data sets: `tokens[i]` is the character with id i, and that is all.
 
-    No separator, no unknown token: `contexts` refuses a text with other characters and names them.
+    No separator, no unknown token: `contexts` refuses a text with other characters and names them. The two special
+    tokens of `character_tokenizer` mean here what they mean there.
     Raises `UserError` where the tokens are not distinct single characters.
     """
     from transformers import PreTrainedTokenizerFast
 
+    special = {END_OF_TEXT, UNKNOWN}.intersection(tokens)
     for index, token in enumerate(tokens):
+        if token in special:
+            continue
         if len(token) != 1 or "\ud800" <= token <= "\udfff":  # half a surrogate pair is in no text
             raise UserError(f"token {index} of a vocabulary of characters is {token[:20]!r}, which is no character")
     if len(set(tokens)) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if token in tokens[:index])
         raise UserError(f"the character {twice!r} has two ids in the vocabulary: each must stand there once")
-    return PreTrainedTokenizerFast(tokenizer_object=_one_per_character(tokens), clean_up_tokenization_spaces=False)
+    tokenizer = _one_per_character(tokens)
+    tokenizer.add_special_tokens(sorted(special))
+    names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": UNKNOWN}
+    known = {name: token for name, token in names.items() if token in special}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **known)
 
 
 def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:

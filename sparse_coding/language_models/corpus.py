@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Integer, UInt
 
+from sparse_coding.activations.models import bundled_models
 from sparse_coding.activations.text import PYTHON_DOCS, TextSettings, documents, text_identity
 from sparse_coding.activations.token_folder import folder_tokenizer
 from sparse_coding.activations.tokens import contexts, flat
@@ -70,13 +71,16 @@ def corpus_of(
 ) -> Corpus:
     """The tokens of a text, or of a data folder as they are. Raises `UserError` for less than one window of them.
 
-    tokenizer: `bpe` and `char` are made from the text and kept in `out`; anything else is loaded.
+    tokenizer: None is that of the model to start from, else `bpe`. `bpe` and `char` are made from the text and kept in
+    `out`; anything else is loaded.
     """
     if is_data_folder(Path(text.source)):
         _refuse_for_tokens(text, tokenizer, vocab_size)
         found = _read(Path(text.source))
     else:
-        found = _make(text, tokenizer or "bpe", vocab_size, config.block_size, out)
+        fresh = config.init_from == "scratch" or vocab_size is not None  # another model brings its own tokenizer
+        name = tokenizer or ("bpe" if fresh else str(bundled_models().get(config.init_from, config.init_from)))
+        found = _make(text, name, vocab_size, config.block_size, out)
     for name, tokens in (("training", found.train), ("held-out", found.held_out)):
         if len(tokens) <= config.block_size:
             raise UserError(

@@ -61,7 +61,11 @@ def export_nanogpt(model: str, checkpoint: Path) -> Facts:
         data = shlex.quote(f"data/{facts.config['dataset']}")
         print(f"    mkdir -p {data} && cp {meta} {data}/")
     print(f"nanoGPT loads it with  python sample.py --out_dir={out_dir}  and goes on training with")
-    print(f"    python train.py --init_from=resume --out_dir={out_dir}    (AdamW's moments start at zero)")
+    flags = [f"--out_dir={folder}", f"--block_size={facts.model_args['block_size']}"]
+    if "dataset" in facts.config:
+        flags.append(f"--dataset={facts.config['dataset']}")
+    print(f"    python train.py --init_from=resume {shlex.join(flags)}")
+    print("(AdamW's moments start at zero; prepare-text makes the data set: its train.bin and val.bin)")
     if checkpoint.name != "ckpt.pt":
         print(f"once it is named ckpt.pt: nanoGPT looks for no other name than {checkpoint.with_name('ckpt.pt')}")
     return facts
@@ -90,7 +94,7 @@ def import_nanogpt(checkpoint: Path, folder: Path, gelu: Gelu | None = None, tok
         shutil.rmtree(writing, ignore_errors=True)
     print(f"{folder}: {_words(read)}, {gelu or read.gelu} GELU")
     named = "" if words is not None else " --tokenizer NAME"
-    print(f"it opens with  python run.py --model {folder}{named}")
+    print(f"it opens with  python run.py --model {folder}{named} --layer 0 --text TEXT")
     print(f"    and with  AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 

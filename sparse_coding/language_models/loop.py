@@ -106,6 +106,8 @@ class Run:
         if self.first:
             keep_log_until(folder / LOG, self.progress)
         self.display = Display(self.config.max_iters, self.progress.iteration, self.first)
+        if self.progress.iteration:
+            self.display.say(f"going on after update {self.progress.iteration} of {self.config.max_iters}")
         self.begun = time.monotonic() - self.progress.seconds
         self.saved_at, self.save_cost = time.monotonic(), 0.0
         self.mark, self.mark_iteration = time.monotonic(), self.progress.iteration  # since when speed is measured

@@ -32,7 +32,7 @@ from sparse_coding.language_models.gpt import adopt, build, derive, held_out_los
 from sparse_coding.language_models.loop import fit
 from sparse_coding.language_models.ngrams import baselines
 from sparse_coding.language_models.processes import Processes, processes
-from sparse_coding.language_models.trainer import Trainer
+from sparse_coding.language_models.trainer import Trainer, rows_per_pass
 from sparse_coding.language_models.training_state import (
     LOG,
     STATE,
@@ -81,6 +81,7 @@ def train_lm(
                 for note in notes:
                     print(f"note: {note}")
                 held.enter_context(own_folder(out))
+            rows_per_pass(config, everyone.size)  # a mistake is an error before the text is read
             config = dataclasses.replace(config, init_from=begun_from(config, out))
             corpus = corpus_of(text, tokenizer, vocab_size, config, out)
         return _Run(config, text, corpus, out, tokenizer, vocab_size, command or call, everyone, device).go()
@@ -302,6 +303,8 @@ def main(args: list[str]) -> None:
     """`python -m sparse_coding train-lm ARGS`."""
     with reported():
         asked = parse(TrainLM, args, "python -m sparse_coding train-lm", TrainLM.__doc__ or "")
+        if not all(asked.overrides):
+            raise UserError("--set without a value: write key=value, for example --set max_iters=2000 batch_size=32")
         overrides = parse_overrides([pair for pairs in asked.overrides for pair in pairs])
         config, _ = load_config(asked.config, overrides)
         text = TextSettings(

@@ -103,7 +103,7 @@ def test_settings_that_make_no_sense_are_refused_at_once(settings: dict[str, Any
 def test_a_part_without_a_document_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "only one"}])
     assert read(path, "train") == ["only one"]
-    with pytest.raises(UserError, match=r"none of its 1 documents is in the held_out part .*raise held_out"):
+    with pytest.raises(UserError, match=r"1 documents is in the held_out part .*raise held_out \(--held-out\)"):
         read(path, "held_out")
 
 

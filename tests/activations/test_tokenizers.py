@@ -305,3 +305,12 @@ def test_a_tokenizer_is_made_from_its_part_of_the_text_or_loaded(tmp_path: Path,
     assert load_tokenizer(tmp_path / "loaded").get_vocab() == vocabulary
     with pytest.raises(UserError, match="--vocab-size is for --tokenizer bpe; 'char' has its own vocabulary"):
         module.check_vocab_size("char", 300)
+
+
+def test_a_vocabulary_of_ours_keeps_its_two_special_tokens(tmp_path):
+    ours = character_tokenizer(["ab\n"], tmp_path)
+    tokens = [token for token, _ in sorted(ours.get_vocab().items(), key=lambda item: item[1])]
+    read = tokenizer_from_characters(tokens)
+    assert read.get_vocab() == ours.get_vocab()
+    assert (read.eos_token_id, read.unk_token_id) == (ours.eos_token_id, ours.unk_token_id) == (0, 1)
+    assert read("a\nbz")["input_ids"] == ours("a\nbz")["input_ids"]

@@ -69,3 +69,12 @@ def test_a_checkpoint_written_anew_is_another_run(tmp_path):
         folders.append(run_folder(settings))
     assert folders[0] != folders[1]
     assert all(folder.name.startswith("out-small-2-mlp-") for folder in folders)
+
+
+def test_a_model_of_train_lm_reads_its_own_text_unless_another_is_named(tmp_path):
+    (tmp_path / "training.json").write_text('{"text": {"source": "notes.txt"}}')
+    assert RunSettings(model=ModelFlags(model=str(tmp_path))).text_settings().source == "notes.txt"
+    assert RunSettings().text_settings().source == "python-docs"
+    assert RunSettings(model=ModelFlags(model="gpt2")).text_settings().source == "NeelNanda/pile-10k"
+    (tmp_path / "training.json").write_text("junk")
+    assert RunSettings(model=ModelFlags(model=str(tmp_path))).text_settings().source == "NeelNanda/pile-10k"

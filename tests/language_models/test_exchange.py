@@ -39,7 +39,7 @@ def test_a_checkpoint_becomes_a_folder_that_every_tool_opens(char_checkpoint, tm
     said = capsys.readouterr().out
     assert "update 1,000, n_layer=3, n_head=4, n_embd=16, block_size=12, bias=False, vocab_size=27" in said
     assert "exact GELU" in said
-    assert f"run.py --model {folder}\n" in said
+    assert f"run.py --model {folder} --layer 0 --text TEXT\n" in said
     oracle = NanoGPT(False, vocab=27)
     tokens = tokens_for(oracle)
     for model in (AutoModelForCausalLM.from_pretrained(folder), load_model(folder, device="cpu").hf):
@@ -67,6 +67,7 @@ def test_there_and_back_gives_the_same_checkpoint(char_checkpoint, tmp_path, cap
     assert "nanoGPT computes the exact one" in said
     assert f"sample.py --out_dir={tmp_path / 'again'}" in said
     assert "--init_from=resume" in said
+    assert "--block_size=12" in said, "nanoGPT's 1024 is longer than the model's"
     first, again = (torch.load(path, weights_only=True) for path in (char_checkpoint, tmp_path / "again" / "ckpt.pt"))
     for name, value in first["model"].items():
         assert torch.equal(again["model"][name.removeprefix("_orig_mod.")], value), name

@@ -127,6 +127,7 @@ def test_a_stopped_command_goes_on_and_ends_where_an_unstopped_one_does(
     monkeypatch.undo()
     monkeypatch.setenv("SPARSE_CODING_CACHE", str(tmp_path / "cache"))
     train.main(command("parts"))
+    assert "going on after update 6 of 12" in capsys.readouterr().out
     models = [load_file(tmp_path / out / "model.safetensors") for out in ("whole", "parts")]
     assert same(*models)
     facts = json.loads((tmp_path / "whole" / card.FACTS).read_text())
@@ -138,6 +139,7 @@ def test_a_stopped_command_goes_on_and_ends_where_an_unstopped_one_does(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["--set"], "error: --set without a value: write key=value"),
         (["--set", "n_lyer=2"], "error: --set: unknown key 'n_lyer'; did you mean 'n_layer'"),
         (["--tokenizer", "char", "--vocab-size", "300"], "error: --vocab-size is for --tokenizer bpe"),
         (["--vocab-size", "300", "--set", "block_size=100000"], "error: the training text has "),
@@ -182,6 +184,9 @@ def test_training_can_start_from_another_model(tmp_path, text, config_path):
     tokenizer = str(tmp_path / "first")
     second = train.train_lm(config_path, {**settings, "n_layer": 7}, text, tmp_path / "second", tokenizer)
     assert second is not None
+    brought = train.train_lm(config_path, settings, text, tmp_path / "brought")
+    assert brought is not None
+    assert brought.validation_loss == second.validation_loss, "its tokenizer is the default"
     log = [json.loads(line) for line in (tmp_path / "second" / training_state.LOG).read_text().splitlines()]
     assert abs(log[0]["val_loss"] - first.validation_loss) < 0.1
     assert log[0]["val_loss"] < first.unigram - 0.5
