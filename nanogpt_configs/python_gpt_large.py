@@ -1,5 +1,5 @@
 # The larger bundled model, which run.py takes by default: a GPT of 1.7M parameters that has read Python's manual and
-# standard library for half an hour on two cores.
+# standard library, trained in 37 minutes on two cores that had other work.
 #
 #     python -m sparse_coding train-lm nanogpt_configs/python_gpt_large.py --text python-docs --vocab-size 4096 \
 #         --out outputs/python-gpt-large

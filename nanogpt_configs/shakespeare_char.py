@@ -1,4 +1,4 @@
-# A character model of the size of nanoGPT's Shakespeare example: 10.6M parameters, minutes on a GPU, hours on a CPU.
+# A character model of the size of nanoGPT's Shakespeare example: 10.6M parameters; minutes on a GPU, as nanoGPT says.
 # Any text will do; with Shakespeare's in input.txt:
 #
 #     python -m sparse_coding train-lm nanogpt_configs/shakespeare_char.py --text input.txt --tokenizer char \

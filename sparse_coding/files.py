@@ -46,6 +46,14 @@ def make_folder(path: Path, what: str) -> None:
         raise UserError(f"{what}: the folder {path} cannot be made ({reason}); name another place") from None
 
 
+def sync_files(folder: Path) -> None:
+    """After this the files in a folder survive a crash, and all may read them: safetensors writes for the owner."""
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        path.chmod(0o644)
+
+
 @contextmanager
 def written_whole(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
     """A file to write into that takes its name when all is done, or vanishes; text is UTF-8, line ends as given.

@@ -17,6 +17,7 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 
 from sparse_coding.errors import UserError
+from sparse_coding.files import sync_files
 from sparse_coding.progress import duration
 
 if TYPE_CHECKING:
@@ -88,16 +89,10 @@ def publish(out: Path, aside: Path, model: GPT2LMHeadModel, corpus: Corpus, fact
 
     So `out` holds training.json only when everything else is there. log: the run's train_log.jsonl.
     """
-    from transformers.utils import logging
-
     from sparse_coding.report.loss_curve import write_loss_curve
 
     shutil.rmtree(aside, ignore_errors=True)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar for one file
-    model.to("cpu").save_pretrained(aside)  # type: ignore[arg-type]
-    if bars:
-        logging.enable_progress_bar()
+    save_model(model, aside)
     if corpus.files is not None:
         for path in corpus.files.iterdir():
             shutil.copy(path, aside / path.name)
@@ -107,11 +102,22 @@ def publish(out: Path, aside: Path, model: GPT2LMHeadModel, corpus: Corpus, fact
     write_loss_curve(aside / CURVE, lines, facts.baselines, facts.kept_iteration)
     (aside / FACTS).write_text(json.dumps(dataclasses.asdict(facts), indent=1) + "\n", encoding="utf-8")
     (aside / "README.md").write_text(render(facts, aside), encoding="utf-8")
+    sync_files(aside)
     for path in sorted(aside.iterdir(), key=lambda path: path.name == FACTS):
-        with path.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        path.chmod(0o644)  # safetensors writes for the owner alone
         os.replace(path, out / path.name)
+
+
+def save_model(model: GPT2LMHeadModel, folder: Path) -> None:
+    """config.json and model.safetensors, without the library's progress bar for one file; the model goes to the CPU."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.to("cpu").save_pretrained(folder)  # type: ignore[arg-type]
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def hardware(device: torch.device, processes: int = 1) -> str:

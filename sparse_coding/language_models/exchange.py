@@ -14,12 +14,12 @@ from sparse_coding.activations.models import LanguageModel, load_model, tokens_g
 from sparse_coding.activations.tokenizers import DATA_SET, holds_tokenizer, load_tokenizer, save_tokenizer
 from sparse_coding.activations.tokens import encoder_of
 from sparse_coding.errors import UserError
-from sparse_coding.files import make_folder
+from sparse_coding.files import make_folder, sync_files
 from sparse_coding.formats.nanogpt import read_checkpoint, write_checkpoint
 from sparse_coding.formats.nanogpt_data import write_meta
 from sparse_coding.formats.nanogpt_file import Facts, Gelu, checkpoint_file
 from sparse_coding.formats.nanogpt_meta import META, read_meta
-from sparse_coding.language_models.card import FACTS
+from sparse_coding.language_models.card import FACTS, save_model
 from sparse_coding.language_models.tokenize_text import is_gpt2, texts_of_ids
 
 if TYPE_CHECKING:
@@ -172,17 +172,8 @@ def _tokenizer(checkpoint: Path, name: str | None) -> PreTrainedTokenizerBase | 
 
 
 def _save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar for one file
-    model.save_pretrained(folder)
-    if bars:
-        logging.enable_progress_bar()
+    save_model(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        with path.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        path.chmod(0o644)  # safetensors writes for the owner alone
+    sync_files(folder)
     folder.chmod(0o755)
