@@ -164,7 +164,7 @@ def describe(members: list[Member], chosen: Grid, stream: WorldStream, training:
         f"world {chosen.world}: {stream.world.settings.n_features} features in {stream.world.settings.d_in} dimensions"
     )
     print(f"grid: {len(l1)} L1 values {l1[0]:.3g} to {l1[-1]:.3g} x ratios {' '.join(f'{r:g}' for r in chosen.ratios)}")
-    print(f"plan: {estimate(members, stream, training.steps, training.precision, device)}", flush=True)
+    print(f"plan: {estimate(members, stream, training, device)}", flush=True)
 
 
 def train_and_measure(

@@ -75,6 +75,23 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     raise UserError(f"{name} is {value!r}: it must be {getattr(hint, '__name__', hint)}")
 
 
+def value_from_text(hint: Any, text: str, name: str) -> Any:
+    """A setting's value written by hand: numbers, true, false and none as such, parts of a tuple between slashes."""
+    if any(typing.get_origin(one) is tuple for one in (hint, *typing.get_args(hint))):
+        return _value(hint, [_plain(part) for part in text.split("/")], name)
+    return _value(hint, _plain(text), name)
+
+
+def _plain(text: str) -> Any:
+    named = {"true": True, "false": False, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
 def parse(cls: type[T], arguments: Sequence[str], prog: str, description: str) -> T:
     """The settings from command line flags; a mistake is one `UserError` line instead of a page of usage."""
     import tyro

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparse_coding.config import to_dict
 from sparse_coding.dictionaries import Dictionary
-from sparse_coding.formats.saelens import save_dictionary
+from sparse_coding.formats.saelens import Normalised, save_dictionary
 from sparse_coding.metrics.matching import mmcs_with_larger
 from sparse_coding.metrics.reconstruction import Reconstruction
 from sparse_coding.training.sweep import Member
@@ -17,21 +17,27 @@ from sparse_coding.training.trainer import Trainer
 
 
 def save_dictionaries(
-    trainer: Trainer, folder: Path, scales: Mapping[str, float] | None = None, facts: Mapping[str, Any] | None = None
+    trainer: Trainer,
+    folder: Path,
+    normalised: Callable[[Member], Normalised] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Every member into `folder/dictionaries/<name>`; `scales` by site are folded in, so they take raw activations."""
+    """Every member into `folder/dictionaries/<name>`; `normalised` says what training did to its activations."""
     for index, member in enumerate(trainer.members):
         metadata = {**(facts or {}), "hook_name": member.site}
+        if member.target:
+            metadata["hook_name_out"] = member.target
         target = folder / "dictionaries" / member.name
-        scale = (scales or {}).get(member.site, 1.0)
-        save_dictionary(trainer.dictionary(index), member.architecture, target, scale, metadata)
+        own = normalised(member) if normalised else None
+        save_dictionary(trainer.dictionary(index), member.architecture, target, own, metadata)
 
 
 def next_larger(members: Sequence[Member]) -> list[int | None]:
     """For each member the index of the next larger dictionary that differs from it in size alone."""
 
     def but_for_size(member: Member) -> Member:
-        return replace(member, settings=replace(member.settings, d_sae=1))
+        known = {**vars(member.settings), "d_sae": 0}
+        return replace(member, settings=known)
 
     found: list[int | None] = []
     for member in members:
@@ -62,7 +68,9 @@ def record(member: Member, ratio: float, reconstruction: Reconstruction, metrics
     return {
         "name": member.name,
         "site": member.site,
+        "target": member.target,
         "architecture": member.architecture,
+        "variant": member.variant,
         "d_in": member.settings.d_in,
         "d_sae": member.settings.d_sae,
         "ratio": ratio,

@@ -11,12 +11,20 @@ from tyro.conf import arg
 
 from sparse_coding.activations.models import bundled_models
 from sparse_coding.activations.text import TextSettings
-from sparse_coding.config import count, numbers, to_dict
+from sparse_coding.config import count, to_dict
 from sparse_coding.errors import UserError
 from sparse_coding.files import file_sha256
 from sparse_coding.formats.nanogpt_file import checkpoint_file
+from sparse_coding.sweep_flags import END_TO_END, SweepFlags
+from sparse_coding.training.dead import DeadSettings
+from sparse_coding.training.optimizer import OptimizerName, OptimizerSettings, Schedule
+from sparse_coding.training.precision import Precision
+from sparse_coding.training.trainer import TrainingSettings
 
 DEFAULT_MODEL = "python-gpt-large"
+
+
+Location = Literal["mlp", "mlp_in", "mlp_out", "attn", "attn_out", "resid_pre", "resid_mid", "resid_post"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,23 @@ class ModelFlags:
     for beside it and in data/DATASET, as nanoGPT has it, and is GPT-2's where the vocabulary has its size."""
     layer: tuple[int, ...] = (2,)
     """Layers, counted from 0; several train one sweep each from the same forward passes."""
-    location: Literal["mlp", "mlp_out", "attn", "attn_out", "resid_pre", "resid_mid", "resid_post"] = "mlp"
-    """Where in the layer: mlp is the hidden activation of the MLP, attn the mixed values of all heads."""
+    location: Location = "mlp"
+    """Where in the layer: mlp is the hidden activation of the MLP, mlp_in what the MLP reads, attn the mixed values of
+    all heads."""
     sites: tuple[str, ...] = ()
     """Sites by name instead of --layer and --location: transformer-lens names (blocks.2.mlp.hook_post) or module names
     (transformer.h.2.mlp.act, with :in or :out). List them with `python -m sparse_coding sites --model ...`."""
+    target_location: Location | None = None
+    """Train transcoders: from the activations at --location predict those here, such as mlp_in and mlp_out."""
+    target_sites: tuple[str, ...] = ()
+    """Train transcoders: sites to predict by name, one for each of --sites."""
+    skip: bool = False
+    """Skip transcoders: a linear map of the input is added to the prediction."""
+    crosscoder: bool = False
+    """Train crosscoders: one dictionary over all the sites side by side."""
+    also_model: tuple[str, ...] = ()
+    """With --crosscoder: further models with the same tokenizer, read on the same text, whose sites lie side by side
+    with those of the first."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the model: auto is bfloat16 on a GPU, float32 elsewhere."""
     device: str = "auto"
@@ -73,32 +93,6 @@ class TextFlags:
 
 
 @dataclass(frozen=True)
-class SweepFlags:
-    """Which dictionaries are trained: every combination, side by side on one stream."""
-
-    architecture: str = "relu"
-    """relu: a ReLU dictionary with an L1 penalty."""
-    l1: tuple[str, ...] = ("0.5", "1", "2", "4", "8")
-    """L1 coefficients: numbers, or logspace:FIRST:LAST:HOW_MANY in powers of ten."""
-    ratios: tuple[float, ...] = (1.0, 2.0, 4.0)
-    """Dictionary sizes as multiples of the width of the activations."""
-    lr: tuple[float, ...] = (2e-3,)
-    """Learning rates of Adam. Short runs gain from high ones; 1e-3 is that of 2023."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of the dictionaries' initial values."""
-    tied: bool = False
-    """The encoder is the transposed decoder."""
-    decoder_bias: bool = True
-    """Learn a bias of the decoder, subtracted before the encoder."""
-    l1_scaling: Literal["sum", "mean", "toy-2023"] = "sum"
-    """Convention of the L1 coefficient. sum: squared error summed over dims + l1 * ||f||_1. mean: averaged over dims
-    instead. toy-2023: mean, and the penalty divided by the number of latents."""
-    normalise: bool = True
-    """Scale activations by one number per site to mean norm sqrt(d_in), so that L1 values carry over between models.
-    The number is folded into the saved dictionaries."""
-
-
-@dataclass(frozen=True)
 class TrainingFlags:
     """How they are trained."""
 
@@ -107,20 +101,43 @@ class TrainingFlags:
     for a bundled model, 5M for others."""
     batch_size: int = 512
     """Activations per update."""
+    optimizer: OptimizerName = "adam"
+    """adam, adamw, sgd, signum, muon, schedule-free (AdamW)."""
+    weight_decay: float = 0.0
+    """Decoupled for adamw, signum, muon and schedule-free; added to the gradient for adam and sgd."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of one dictionary; longer ones are scaled down to it."""
     warmup_steps: int = 50
     """Updates over which the learning rate rises."""
-    decay: Literal["none", "linear", "cosine"] = "linear"
-    """How the learning rate falls to 0 at the end."""
+    schedule: Schedule = "linear"
+    """Of the learning rate after its warm-up: constant (also constantwithwarmup); linear or cosine, down to 0 over the
+    last --decay-fraction of the run; restarts, falling like a cosine several times over."""
     decay_fraction: float = 0.2
-    """Share of the run over which it falls."""
+    """Share of the run over which linear and cosine fall."""
+    restarts: int = 4
+    """Cycles of the schedule restarts."""
+    sparsity_warmup_steps: int = 0
+    """Updates over which L1 and L0 coefficients rise from 0, and k falls to its value."""
     buffer_rows: int = 131_072
     """Activations shuffled together; more mix contexts better and need more memory."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the matrix products; auto is bf16 where the hardware has it."""
+    precision: Precision = "auto"
+    """Of the matrix products; auto is bf16 where the hardware has it. fp16 scales its losses."""
     data_seed: int = 0
     """Seed of the order of the activations."""
-    dead_window: int = 100_000
-    """Rows without firing after which a latent counts as dead in the training log."""
+    dead_feature_window: int = 100_000
+    """Rows (tokens) without firing after which a latent is dead."""
+    dead_feature_threshold: float = 0.0
+    """A latent is dead too when it fired on less than this share of the rows of a sampling window; 0: no such rule."""
+    feature_sampling_window: int = 100_000
+    """Rows (tokens) over which that share is taken."""
+    resample_every: int | None = None
+    """With --dead-latents resample: updates between resamplings; by default an eighth of the run."""
+    resample_times: int = 4
+    """Resamplings at most."""
+    resample_rows: str = "819k"
+    """Activations whose losses decide where resampled latents point; at most half of the run's."""
+    resample_warmup_steps: int = 50
+    """Updates over which the learning rate rises again after a resampling."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +197,71 @@ class RunSettings:
             raise UserError(f"--context is {self.text.context}: a context holds at least 2 tokens")
         if self.evaluation.latents < 0:
             raise UserError(f"--latents is {self.evaluation.latents}: it must be 0 or more")
-        numbers(self.sweep.l1, "--l1")
+        model, loss = self.model, self.sweep.loss
+        if model.target_sites and (len(model.target_sites) != len(model.sites) or model.target_location):
+            raise UserError(
+                f"--target-sites names {len(model.target_sites)} sites and --sites {len(model.sites)}: give one target "
+                "for each site by name, or use --location and --target-location"
+            )
+        if model.skip and not self.transcodes:
+            raise UserError("--skip is for transcoders: give --target-location or --target-sites too")
+        if model.crosscoder and self.transcodes:
+            raise UserError("--crosscoder and transcoders (--target-location, --target-sites) exclude each other")
+        if model.also_model and not model.crosscoder:
+            raise UserError("--also-model is for crosscoders over several models: give --crosscoder too")
+        if loss in END_TO_END and model.crosscoder:
+            raise UserError(
+                f"--loss {loss} puts one site's reconstruction into one model, a crosscoder has several: use mse"
+            )
+        if self.sweep.normalise in ("unit-norm", "layer-norm") and self.transcodes:
+            raise UserError(
+                f"--normalise {self.sweep.normalise} would need the target's own size to undo it, which a transcoder "
+                "does not see: use mean-norm, whiten or none"
+            )
+        if self.training.resample_every is not None and self.sweep.dead_latents != "resample":
+            raise UserError("--resample-every is for --dead-latents resample: give that too")
+        method = self.sweep.dead_latents if self.sweep.dead_latents in ("auxk", "ghost") else ""
+        self.dead_settings().check(self.steps, training.batch_size, method)
+
+    def check_grid(self) -> None:
+        """Raise UserError for a grid that makes no sense at any width."""
+        wide, model = 2**20, self.model
+        if self.transcodes:
+            self.sweep.members({"in": wide, "out": wide}, {"in": "out"}, skip=model.skip)
+        else:
+            self.sweep.members({"any": wide}, parts={"any": (wide // 2, wide // 2)} if model.crosscoder else None)
+
+    @property
+    def transcodes(self) -> bool:
+        return bool(self.model.target_sites or self.model.target_location)
+
+    def dead_settings(self) -> DeadSettings:
+        flags, every = self.training, 0
+        if self.sweep.dead_latents == "resample":
+            every = max(1, self.steps // 8) if flags.resample_every is None else flags.resample_every
+        rows = min(count(flags.resample_rows, "--resample-rows"), max(1, self.steps * flags.batch_size // 2))
+        return DeadSettings(
+            flags.dead_feature_window, flags.dead_feature_threshold, flags.feature_sampling_window,
+            every, flags.resample_times, rows,
+        )  # fmt: skip
+
+    def optimizer_settings(self) -> OptimizerSettings:
+        flags = self.training
+        return OptimizerSettings(
+            name=flags.optimizer, weight_decay=flags.weight_decay, clip_norm=flags.clip_norm,
+            schedule=flags.schedule, warmup_steps=flags.warmup_steps, decay_fraction=flags.decay_fraction,
+            restarts=flags.restarts, resample_warmup_steps=flags.resample_warmup_steps,
+        )  # fmt: skip
+
+    def training_settings(self) -> TrainingSettings:
+        return TrainingSettings(
+            self.steps,
+            self.optimizer_settings(),
+            self.training.precision,
+            log_every=max(1, self.steps // 200),
+            sparsity_warmup_steps=self.training.sparsity_warmup_steps,
+            dead=self.dead_settings(),
+        )
 
     @property
     def bundled(self) -> bool:

@@ -113,17 +113,19 @@ def splice(
     *,
     mask: Mask | None = None,
     attention_mask: Mask | None = None,
+    with_gradient: bool = False,
 ) -> Float[Tensor, "B S V"]:
     """Logits of the whole model with the activations x [B S d_in] at a site replaced by `replacement(x)`.
 
     replacement None: the untouched model. mask: True where to replace; by default wherever the model may attend.
+    with_gradient: whether gradients go from the logits back to what `replacement` made; x itself never has one.
     An input is replaced for the module that takes it; where it also goes on beside that module in the residual stream
     (`hook_resid_mid`), it is replaced there too. Raises UserError for a model that predicts no tokens.
     """
     if model.kind is None:
         raise UserError(f"model {model.name!r} has no trained head that predicts tokens, so it has no loss to compare")
     found = site if isinstance(site, Site) else resolve(model, site)
-    with _hooked() as hooks, torch.no_grad():
+    with _hooked() as hooks, torch.set_grad_enabled(with_gradient):
         if replacement is not None:
             where = attention_mask if mask is None else mask
             hooks += _replacing(model, found, replacement, None if where is None else _as_tensor(where, model.device))

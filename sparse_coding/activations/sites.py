@@ -175,6 +175,7 @@ ALIASES = {
 
 LOCATIONS = {
     "mlp": "mlp.hook_post",
+    "mlp_in": "ln2.hook_out",
     "mlp_out": "hook_mlp_out",
     "attn": "attn.hook_z",
     "attn_out": "hook_attn_out",

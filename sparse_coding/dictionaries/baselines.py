@@ -44,7 +44,7 @@ class FixedReLU(Dictionary):
     def encode(self, x: Float[Tensor, "... B d_in"]) -> Float[Tensor, "... B d_sae"]:
         return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
 
-    def decode(self, f: Float[Tensor, "... B d_sae"]) -> Float[Tensor, "... B d_in"]:
+    def decode(self, f: Float[Tensor, "... B d_sae"], x: Tensor | None = None) -> Float[Tensor, "... B d_in"]:
         return f @ self.W_dec + self.b_dec
 
 
@@ -83,7 +83,7 @@ class NMF(Dictionary):
             f, momentum = following, grown
         return f
 
-    def decode(self, f: Float[Tensor, "... B d_sae"]) -> Float[Tensor, "... B d_in"]:
+    def decode(self, f: Float[Tensor, "... B d_sae"], x: Tensor | None = None) -> Float[Tensor, "... B d_in"]:
         return f @ self.W_dec + self.b_dec
 
 

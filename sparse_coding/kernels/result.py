@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -20,3 +21,5 @@ class StepResult(NamedTuple):
     """Batch mean of ||f||_1."""
     active: Float[Tensor, "M d_sae"]
     """How many rows of the batch each latent fired on."""
+    state: Mapping[str, Tensor] = {}
+    """New values of what the dictionary keeps besides its parameters."""

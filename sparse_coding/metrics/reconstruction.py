@@ -25,8 +25,12 @@ Histogram: TypeAlias = dict[str, list[float] | list[int] | int]
 _SCALARS: tuple[str, ...] = ("residual", "output_energy", "overlap", "cosine", "nonzero", "l1")
 
 
+Rows: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""Activations [B d_in], or those and what is to be predicted from them [B d_out] (transcoders)."""
+
+
 class Reconstruction:
-    """Sums over rows x, their codes f and reconstructions x_hat; `result()` turns them into metrics."""
+    """Sums over rows x (for a transcoder its targets), codes f and reconstructions x_hat; `result()` makes metrics."""
 
     def __init__(self, d_in: int, d_sae: int) -> None:
         self.d_in, self.d_sae = d_in, d_sae
@@ -138,7 +142,7 @@ def ratio(numerator: float, denominator: float) -> float | None:
 
 
 def evaluate_reconstruction(
-    dictionary: Dictionary, batches: Iterable[Float[Tensor, "B d_in"]], device: torch.device | str | None = None
+    dictionary: Dictionary, batches: Iterable[Rows], device: torch.device | str | None = None
 ) -> Reconstruction:
     """Run one dictionary over batches of activations; see `evaluate_reconstructions`."""
     return evaluate_reconstructions({"": dictionary}, batches, device)[""]
@@ -147,7 +151,7 @@ def evaluate_reconstruction(
 @torch.no_grad()
 def evaluate_reconstructions(
     dictionaries: Mapping[str, Dictionary],
-    batches: Iterable[Float[Tensor, "B d_in"]],
+    batches: Iterable[Rows],
     device: torch.device | str | None = None,
 ) -> dict[str, Reconstruction]:
     """Run many dictionaries over the same activations in one pass: each batch is made, read and moved once.
@@ -158,22 +162,37 @@ def evaluate_reconstructions(
     """
     if device is not None:
         dictionaries = {name: one.to(device) for name, one in dictionaries.items()}
-    sums = {name: Reconstruction(one.d_in, one.d_sae) for name, one in dictionaries.items()}
+    sums = {name: Reconstruction(one.d_out, one.d_sae) for name, one in dictionaries.items()}
     rows = 0
     for batch in batches:
-        rows += len(batch)
-        placed: dict[torch.device, Tensor] = {}
+        inputs, targets = (batch, batch) if isinstance(batch, Tensor) else batch
+        rows += len(inputs)
+        placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
         for name, one in dictionaries.items():
             where = one.atoms.device
             if where not in placed:
-                placed[where] = batch.to(where).float()
-            elements = 2**20 if where.type == "cpu" else 2**26
-            for x in placed[where].split(max(1, elements // one.d_sae)):
-                f = one.encode(x.to(one.atoms.dtype))
-                sums[name].update(x, f, one.decode(f))
+                placed[where] = inputs.to(where).float(), targets.to(where).float()
+            piece = max(1, (2**20 if where.type == "cpu" else 2**26) // one.d_sae)
+            for x, target in zip(*(part.split(piece) for part in placed[where]), strict=True):
+                x = x.to(one.atoms.dtype)
+                f = one.encode(x)
+                sums[name].update(target, f, one.decode(f, x))
     if not rows:
         raise UserError("there are no activations to evaluate on: the evaluation set gave 0 rows")
     return sums
+
+
+@torch.no_grad()
+def fvu_by_part(
+    dictionary: Dictionary, batches: Iterable[Float[Tensor, "B d_in"]], widths: Sequence[int]
+) -> list[float | None]:
+    """FVU at each of several sites that lie side by side in the rows (crosscoders)."""
+    sums = [Reconstruction(width, 1) for width in widths]
+    for x in batches:
+        pieces = zip(sums, x.split(list(widths), 1), dictionary(x).split(list(widths), 1), strict=True)
+        for one, part, part_hat in pieces:
+            one.update(part, part.new_zeros(len(part), 1), part_hat)
+    return [one.result()["fvu"] for one in sums]
 
 
 def density_histogram(

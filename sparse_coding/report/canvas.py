@@ -24,6 +24,21 @@ ACCENT, WARN = "#d1495b", "#e08e0b"
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--card", BLANK: "--blank"}
 MARKERS = "osD^v<>ph"
 DASHES = ("-", "--", ":", "-.")
+CATEGORIES = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#5a32e6",
+    "#774422",
+    "#335555",
+    "#8888ff",
+)
+"""Colours without an order, for architectures: those of Okabe and Ito that show on light and dark pages, and four far
+from them in ordinary, red-blind and green-blind sight (a test)."""
+CATEGORY_MARKERS = "osD^vX<P>*"
 
 RC: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],

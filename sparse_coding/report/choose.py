@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparse_coding.errors import UserError
+from sparse_coding.report.families import site_label
 from sparse_coding.report.records import metric
 
 MOSTLY_DEAD = 0.5
@@ -53,8 +54,21 @@ def best_member(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def best_members(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Site -> name of its best member, for every site that has a usable one."""
+    """Site -> name of its best member, for every site that has a usable one.
+
+    Members of one site that predict different targets do not compare: those of its first target are taken here, and
+    `best_by_site` has the others.
+    """
+    found: dict[str, str] = {}
+    names = {record["name"]: str(record.get("site")) for record in records}
+    for name in best_by_site(records).values():
+        found.setdefault(names[name], name)
+    return found
+
+
+def best_by_site(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The same by site label: a site, or `input -> target` for transcoders."""
     sites: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
-        sites.setdefault(str(record.get("site")), []).append(record)
+        sites.setdefault(site_label(record), []).append(record)
     return {site: best_member(members) for site, members in sites.items() if pareto(members)}

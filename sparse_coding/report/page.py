@@ -35,6 +35,8 @@ class Cell:
     key: float | str
     title: str = ""
     numeric: bool = True
+    best: bool = False
+    """Marked as the best of its column."""
 
 
 @dataclass(frozen=True)

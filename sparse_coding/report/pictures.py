@@ -1,22 +1,18 @@
-"""Curves, frontiers and histograms."""
+"""Curves and histograms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparse_coding.report.canvas import (
     ACCENT,
-    DASHES,
     INK,
-    MARKERS,
     MUTED,
-    PAPER,
     RULE,
     WARN,
     canvas,
@@ -25,7 +21,6 @@ from sparse_coding.report.canvas import (
     place,
     sequence,
 )
-from sparse_coding.report.point_labels import write_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,9 +39,11 @@ class Curve:
     """Lower and upper end of the spread around `y`, where it is known."""
     high: Sequence[float] = ()
     size: str = ""
-    """Curves of one size share a colour and a marker where a family draws several; by default the name."""
-    family: int = 0
-    """Curves of one family share a line style."""
+    """The dictionary size of a trade-off curve; by default the name."""
+    family: str = ""
+    """The family of a trade-off curve, such as its architecture."""
+    faded: bool = False
+    """Drawn in grey behind the others, without a name of its own."""
 
 
 @dataclass(frozen=True)
@@ -126,44 +123,6 @@ def _guide_legend(figure: Figure, levels: Sequence[str], edges: Sequence[str]) -
 
 
 @drawn
-def frontier(panels: Sequence[Panel], x_label: str, legend_title: str) -> Figure:
-    """Trade-off curves over a log x axis, side by side; points carry their labels where there is room."""
-    width, height, left, gap, bottom, top, right = 4.6, 3.7, 0.75, 0.95, 0.7, 0.45, 1.55
-    count = max(len(panels), 1)
-    figure = canvas(left + count * width + (count - 1) * gap + right, bottom + height + top)
-    names: dict[str, Any] = {}
-    for index, panel in enumerate(panels):
-        axes = place(figure, left + index * (width + gap), bottom, width, height)
-        axes.set_xscale("log")
-        axes.grid(True)
-        labels: list[tuple[float, float, str]] = []
-        sizes = list(dict.fromkeys(curve.size or curve.name for curve in panel.curves))
-        looks = dict(zip(sizes, zip(sequence(len(sizes)), cycle(MARKERS), strict=False), strict=True))
-        for curve in panel.curves:
-            colour, marker = looks[curve.size or curve.name]
-            dashes = DASHES[curve.family % len(DASHES)]
-            (line,) = axes.plot(curve.x, curve.y, dashes, color=colour, marker=marker, markersize=4.5,
-                                markeredgecolor=PAPER, markeredgewidth=0.5)  # fmt: skip
-            names.setdefault(curve.name, line)
-            labels += zip(curve.x, curve.y, curve.labels, strict=False)
-        for curve in panel.points:
-            axes.plot(curve.x, curve.y, color=MUTED, marker="s", markersize=4.5, linestyle="--", linewidth=1)
-            labels.insert(0, (curve.x[-1], curve.y[-1], curve.name))
-        axes.set(title=panel.title, xlabel=x_label, ylabel=panel.y_label)
-        low, high = axes.get_ylim()
-        axes.set_ylim(low if panel.y_low is None else max(low, panel.y_low),
-                      high if panel.y_high is None else min(high, panel.y_high))  # fmt: skip
-        x_low, x_high = axes.get_xlim()
-        axes.set_xlim(x_low, x_high * (x_high / x_low) ** 0.04)
-        number_axis(axes.xaxis)
-        write_labels(axes, labels)
-    if names:
-        figure.legend(names.values(), names.keys(), title=legend_title, loc="upper right", borderaxespad=0.6,
-                      alignment="left")  # fmt: skip
-    return figure
-
-
-@drawn
 def histograms(
     panels: Sequence[tuple[str, Sequence[float], Mapping[str, float]]], x_label: str, y_label: str, across: int = 3
 ) -> Figure:
@@ -199,15 +158,19 @@ def histograms(
 
 
 @drawn
-def overlays(panels: Sequence[Panel], x_label: str, legend_title: str, steps: bool = False) -> Figure:
-    """Panels side by side that overlay one line per sparsity setting (densities as steps: x holds the bin edges)."""
+def overlays(
+    panels: Sequence[Panel], x_label: str, legend_title: str, steps: bool = False, order: Sequence[str] = ()
+) -> Figure:
+    """Panels side by side that overlay one line per sparsity setting (densities as steps: x holds the bin edges).
+
+    Curves are coloured in the order of first appearance, or in `order`.
+    """
     width, height, left, gap, bottom, top, right = 2.9, 2.1, 0.75, 0.35, 0.7, 0.4, 1.2
     across = min(len(panels), 4)
     down = -(-len(panels) // across)
     figure = canvas(left + across * width + (across - 1) * gap + right, down * (bottom + height + top))
-    names = list(dict.fromkeys(curve.name for panel in panels for curve in panel.curves))
+    names = list(order) or list(dict.fromkeys(curve.name for panel in panels for curve in panel.curves))
     colours = dict(zip(names, sequence(len(names)), strict=True))
-    handles: dict[str, Any] = {}
     highest = max((max(c.y, default=0.0) for panel in panels for c in panel.curves), default=1.0)
     for index, panel in enumerate(panels):
         row, column = divmod(index, across)
@@ -215,10 +178,9 @@ def overlays(panels: Sequence[Panel], x_label: str, legend_title: str, steps: bo
                      width, height)  # fmt: skip
         for curve in panel.curves:
             if steps:
-                line = axes.stairs(curve.y, curve.x, color=colours[curve.name], linewidth=1.5)
+                axes.stairs(curve.y, curve.x, color=colours[curve.name], linewidth=1.5)
             else:
-                (line,) = axes.plot(curve.x, curve.y, color=colours[curve.name])
-            handles.setdefault(curve.name, line)
+                axes.plot(curve.x, curve.y, color=colours[curve.name])
         axes.set(title=panel.title, xlabel=x_label, ylim=(0, (highest or 1.0) * 1.05))
         axes.grid(True)
         if column == 0:

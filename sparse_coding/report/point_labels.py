@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def write_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], size: float = 7.2) -> None:
-    """Write each label beside its point, where nothing is covered; leave it out where there is no room."""
+def write_labels(
+    axes: Axes, labels: Sequence[tuple[float, float, str]], size: float = 7.2, background: Sequence[Any] = ()
+) -> None:
+    """Write each label beside its point, where nothing but `background` lines is covered; leave it out where there is
+    no room."""
     spots: list[tuple[float, float]] = [tuple(axes.transData.transform((x, y))) for x, y, _ in labels]
     scale = axes.figure.dpi / 72
     box = axes.get_window_extent()
+    lines = [line for line in axes.lines if line not in background]
     taken = [(x - 3 * scale, y - 3 * scale, x + 3 * scale, y + 3 * scale) for x, y in spots]
-    taken += [(x - scale, y - scale, x + scale, y + scale) for line in axes.lines for x, y in _along(line, 4 * scale)]
+    taken += [(x - scale, y - scale, x + scale, y + scale) for line in lines for x, y in _along(line, 4 * scale)]
     for (x, y), (_, _, words) in zip(spots, labels, strict=True):
         width, height = len(words) * size * 0.64 * scale, size * 1.15 * scale
         for right, up in ((1, 0.6), (1, -0.6), (-1, 0.6), (-1, -0.6), (0, 1.3), (0, -1.3)):

@@ -16,8 +16,8 @@ from sparse_coding.errors import UserError
 Record = dict[str, Any]
 """One line of results.jsonl: one member with its settings and metrics."""
 
-KNOBS = ("l1_coefficient", "k")
-"""What sets the sparsity of a member, the first that it has; the x axis of every map."""
+KNOBS = ("l1_coefficient", "k", "target_l0", "l0_coefficient")
+"""What sets the sparsity of a member, the first that it has (a target L0 of 0 is none); the x axis of every map."""
 
 
 @dataclass(frozen=True)
@@ -113,26 +113,32 @@ def has(records: Iterable[Mapping[str, Any]], name: str) -> bool:
 
 
 def knob_name(records: Iterable[Mapping[str, Any]]) -> str:
-    """What sets the sparsity of these members: the L1 coefficient, or k where they have no L1."""
+    """What sets the sparsity of these members of one architecture: its L1 coefficient, its k, ..."""
     records = list(records)
-    return next((name for name in KNOBS if any(math.isfinite(_fact(record, name)) for record in records)), KNOBS[0])
+    return next((name for name in KNOBS if any(_turns(record, name) for record in records)), KNOBS[0])
+
+
+def _turns(record: Mapping[str, Any], name: str) -> bool:
+    value = fact(record, name)
+    return value > 0 if name == "target_l0" else math.isfinite(value)
 
 
 def knob(record: Mapping[str, Any]) -> float:
     """The sparsity setting of a member, rounded to 6 digits so that equal settings compare equal."""
-    return _rounded(_fact(record, knob_name([record])))
+    return _rounded(fact(record, knob_name([record])))
 
 
 def ratio(record: Mapping[str, Any]) -> float:
     """The dictionary ratio of a member, rounded to 6 digits; d_sae / d_in where the record does not say it."""
-    value = _fact(record, "ratio")
+    value = fact(record, "ratio")
     if math.isnan(value):
-        d_in, d_sae = _fact(record, "d_in"), _fact(record, "d_sae")
+        d_in, d_sae = fact(record, "d_in"), fact(record, "d_sae")
         value = d_sae / d_in if d_in > 0 else math.nan
     return _rounded(value)
 
 
-def _fact(record: Mapping[str, Any], name: str) -> float:
+def fact(record: Mapping[str, Any], name: str) -> float:
+    """A number that a record states at its top or in its settings; NaN where it states none."""
     value = number(record.get(name))
     return value if math.isfinite(value) else number((record.get("settings") or {}).get(name))
 
@@ -142,7 +148,7 @@ def _rounded(value: float) -> float:
 
 
 def axes(records: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    """The distinct sparsity settings and ratios of the members, both ascending."""
+    """The distinct sparsity settings and ratios of the members of one family, both ascending."""
     knobs = {value for record in records if math.isfinite(value := knob(record))}
     ratios = {value for record in records if math.isfinite(value := ratio(record))}
     return sorted(knobs), sorted(ratios)
@@ -171,14 +177,6 @@ def _grid(records, name, knobs, ratios, reduce) -> np.ndarray:
         if math.isfinite(value := metric(record, name)):
             cells.setdefault((ratio(record), knob(record)), []).append(value)
     return np.array([[reduce(cells[r, k]) if (r, k) in cells else np.nan for k in knobs] for r in ratios])
-
-
-def groups(records: Sequence[Record], *names: str) -> dict[tuple, list[Record]]:
-    """Records by the given facts, in the order of first appearance."""
-    found: dict[tuple, list[Record]] = {}
-    for record in records:
-        found.setdefault(tuple(record.get(name) for name in names), []).append(record)
-    return found
 
 
 def short(value: float, digits: int = 3) -> str:

@@ -8,31 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sparse_coding.report.canvas import save
+from sparse_coding.report.families import families, knob_label, knob_word
 from sparse_coding.report.heatmaps import Grid, Scale, heat_maps
-from sparse_coding.report.page import Picture, visible
-from sparse_coding.report.pictures import Curve, Panel, frontier, overlays, training_curves
+from sparse_coding.report.page import Picture
+from sparse_coding.report.pictures import Curve, Panel, overlays
 from sparse_coding.report.records import (
     Record,
     RunData,
     axes,
     grid_matrix,
-    groups,
     has,
     knob,
     labels,
     metric,
     number,
     ratio,
-    short,
 )
-from sparse_coding.report.tables import blanks, knob_label
+from sparse_coding.report.tables import blanks
+from sparse_coding.report.trade_off import shown_ratios, trade_off_figure
 
-RECOVERED = ("ce_recovered_zero", "ce_recovered_mean", "kl_recovered_zero", "kl_recovered_mean")
-MOST_POINTS = 300
-"""Points drawn of one training curve; longer logs are thinned evenly, the last point stays."""
+MOST_PANELS = 12
+"""Panels of feature densities."""
+RANKS = ("sparsest", "sparser", "middle", "denser", "densest")
+"""Lines of a density panel where panels have settings of their own."""
 
 
 @dataclass(frozen=True)
@@ -60,78 +59,42 @@ class Site:
         return found if isinstance(found, Mapping) else {}
 
 
-def recovered_metric(records: Sequence[Record]) -> str:
-    """The first measure of recovered behaviour that any member has, or ''."""
-    return next((name for name in RECOVERED if has(records, name)), "")
-
-
-def families(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Members by what varies besides sparsity, size and seed (architecture, learning rate), under a short name."""
-    parts = groups(records, "architecture", "lr")
-    architectures, lrs = {key[0] for key in parts}, {key[1] for key in parts}
-    named = {}
-    for (architecture, lr), found in parts.items():
-        words = [visible(str(architecture))] if len(architectures) > 1 else []
-        words += [f"lr {short(number(lr))}"] if len(lrs) > 1 else []
-        named[", ".join(words)] = found
-    return named
-
-
 def frontiers(site: Site) -> list[Picture]:
-    """FVU and loss recovered over L0, one line per dictionary size."""
-    recovered = recovered_metric(site.records)
-    panels = []
-    for name, title, label in (
-        ("fvu", "Reconstruction (points: L1)", "FVU (lower is better)"),
-        (
-            recovered,
-            "Behaviour of the model",
-            f"{'loss' if recovered.startswith('ce') else 'KL'} recovered (higher is better)",
-        ),
-    ):
-        if name and has(site.records, name):
-            panels.append(_trade_off(site, name, title, label))
-    panels = [panel for panel in panels if panel.curves]
-    if not panels:
+    """FVU and loss recovered over L0: a line per dictionary size, or per architecture where there are several."""
+    figure, panels = trade_off_figure(site.records, site.baselines)
+    if figure is None:
         return []
-    figure = frontier(panels, "L0 (mean active latents per token)", "dictionary ratio")
+    several = len(families(site.records)) > 1
     left = sum(math.isnan(metric(record, "fvu")) or not metric(record, "l0") > 0 for record in site.records)
-    caption = (
+    caption = _several_words(site) if several else _one_words(site)
+    if len(panels) == 1 and panels[0].title.startswith("Rec"):
+        caption += " Loss recovered was not measured in this run."
+    note = f"{left} members have no finite value at a positive L0 and are not drawn." if left else ""
+    return [site.picture("frontier", "Trade-off between sparsity and faithfulness", figure, caption, note)]
+
+
+def _one_words(site: Site) -> str:
+    return (
         f"One line per dictionary size, a point per {knob_label(site.records)} (written beside it where there is "
         "room); averages over seeds. Left is sparser: compare sizes at equal L0, and prefer the point after which "
         "more active latents buy little. A line that folds back or falls off at its left end has mostly dead members "
         "there."
     )
-    if len(panels) == 1:
-        caption += " Loss recovered was not measured in this run." if panels[0].title.startswith("Rec") else ""
-    note = f"{left} members have no finite value at a positive L0 and are not drawn." if left else ""
-    return [site.picture("frontier", "Trade-off between sparsity and faithfulness", figure, caption, note)]
 
 
-def _trade_off(site: Site, name: str, title: str, label: str) -> Panel:
-    curves = []
-    for index, (family, records) in enumerate(families(site.records).items()):
-        knobs, ratios, l0 = grid_matrix(records, "l0")
-        values, words = grid_matrix(records, name)[2], labels(knobs)
-        for row, size in enumerate(labels(ratios)):
-            ok = np.isfinite(values[row]) & (l0[row] > 0)
-            if ok.any():
-                at = np.flatnonzero(ok)
-                name_ = f"{size} ({family})" if family else size
-                curves.append(
-                    Curve(name_, l0[row][at], values[row][at], [words[i] for i in at], size=size, family=index)
-                )
-    points = [point for key, found in site.baselines.items() if (point := _baseline(visible(str(key)), found, name))]
-    bounds = (0.0, 1.05) if name == "fvu" else (-0.05, 1.02)
-    return Panel(title, curves, label, points=points, y_low=bounds[0], y_high=bounds[1])
-
-
-def _baseline(name: str, found: Any, measure: str) -> Curve | None:
-    """A baseline is one object of metrics or a list of them (a curve)."""
-    parts = [part for part in (found if isinstance(found, list) else [found]) if isinstance(part, Mapping)]
-    pairs = sorted((number(part.get("l0")), number(part.get(measure))) for part in parts)
-    pairs = [(x, y) for x, y in pairs if x > 0 and math.isfinite(y)]
-    return Curve(name, [x for x, _ in pairs], [y for _, y in pairs]) if pairs else None
+def _several_words(site: Site) -> str:
+    sizes = {value for record in site.records if math.isfinite(value := ratio(record))}
+    drawn = shown_ratios(site.records)
+    words = (
+        "One colour and marker per architecture, a point per sparsity setting; averages over seeds. Left is sparser: "
+        "compare at equal L0, where the lower FVU and the higher loss recovered win (the tables below read the lines "
+        "there)."
+    )
+    if len(sizes) > 1:
+        words += " The line style says the size, solid is the largest; compare lines of one style."
+    if len(drawn) < len(sizes):
+        words += f" {len(drawn)} of {len(sizes)} sizes are drawn."
+    return words
 
 
 MAPS = {
@@ -174,30 +137,64 @@ def _blank_note(title: str, grid: Grid) -> str:
 
 
 def densities(site: Site) -> list[Picture]:
-    """How often latents fire: a panel per size, a line per sparsity setting (of the first family and seed)."""
-    panels = []
-    family, records = next(iter(families(site.records).items()))
-    knobs, ratios = axes(records)
-    for at, size in zip(ratios, labels(ratios), strict=True):
-        curves = []
-        for value, word in zip(knobs, labels(knobs), strict=True):
-            members = [record for record in records if ratio(record) == at and knob(record) == value]
-            histogram = next((found for record in members if (found := _density(record))), None)
-            if histogram:
-                curves.append(Curve(word, *histogram))
-        if curves:
-            panels.append(Panel(f"ratio {size}", curves, "share of latents"))
+    """How often latents fire: a panel per size, or per family at the largest size; a line per sparsity setting."""
+    parts = families(site.records)
+    panels = _sizes(site.records) if len(parts) == 1 else [p for item in parts.items() for p in _family(*item)]
+    left, panels = max(len(panels) - MOST_PANELS, 0), panels[:MOST_PANELS]
     if not panels:
         return []
-    figure = overlays(panels, "log₁₀ density (share of tokens)", knob_label(records), steps=True)
+    label, order = (knob_label(site.records), ()) if len(parts) == 1 else ("within a panel", RANKS)
+    figure = overlays(panels, "log₁₀ density (share of tokens)", label, steps=True, order=order)
     caption = (
         "How often each latent fires; dead latents are not in the histograms (see the dead fraction). Latents that "
         "stand for single meanings fire on few tokens, between 10⁻⁵ and 10⁻² say; a hump to the right of that is "
         "dense directions, and a second hump far to the left is latents that are nearly dead."
     )
-    note = "One seed is drawn where there are several." if len({record.get("seed") for record in records}) > 1 else ""
-    note = f"{note} Drawn for {family}.".strip() if family else note
-    return [site.picture("densities", "Feature densities", figure, caption, note)]
+    notes = ["One seed is drawn where there are several."] if _several_seeds(site.records) else []
+    notes += [f"One panel per architecture, at its largest size; settings in its title.{_left(left)}"] if order else []
+    return [site.picture("densities", "Feature densities", figure, caption, " ".join(notes))]
+
+
+def _left(count: int) -> str:
+    return f" {count} more are not drawn." if count else ""
+
+
+def _several_seeds(records: Sequence[Record]) -> bool:
+    return len({record.get("seed") for record in records}) > 1
+
+
+def _sizes(records: Sequence[Record]) -> list[Panel]:
+    """A panel per size of one family, a line per sparsity setting."""
+    panels = []
+    knobs, ratios = axes(records)
+    for at, size in zip(ratios, labels(ratios), strict=True):
+        members = [record for record in records if ratio(record) == at]
+        found = [(word, _at(members, value)) for value, word in zip(knobs, labels(knobs), strict=True)]
+        if curves := [Curve(word, *histogram) for word, histogram in found if histogram]:
+            panels.append(Panel(f"ratio {size}", curves, "share of latents"))
+    return panels
+
+
+def _family(name: str, records: Sequence[Record]) -> list[Panel]:
+    """The panel of a family among others: its largest size, lines ranked by L0, settings in the title."""
+    knobs, ratios = axes(records)
+    for at in reversed(ratios):
+        members = [record for record in records if ratio(record) == at]
+        l0 = dict(zip(knobs, grid_matrix(members, "l0")[2][0] if axes(members)[0] == knobs else knobs, strict=True))
+        found = [(value, histogram) for value in knobs if (histogram := _at(members, value))]
+        found.sort(key=lambda pair: l0[pair[0]] if math.isfinite(l0[pair[0]]) else 0.0)
+        if found:
+            values = [value for value, _ in found]
+            ends = labels(sorted({min(values), max(values)}))
+            steps = [round((len(RANKS) - 1) * i / max(len(found) - 1, 1)) for i in range(len(found))]
+            curves = [Curve(RANKS[step], *histogram) for step, (_, histogram) in zip(steps, found, strict=True)]
+            return [Panel(f"{name}\n{knob_word(records)} {' to '.join(ends)}", curves, "share of latents")]
+    return []
+
+
+def _at(members: Sequence[Record], value: float) -> tuple[list[float], list[float]] | None:
+    """The first usable histogram at a sparsity setting."""
+    return next((found for record in members if knob(record) == value and (found := _density(record))), None)
 
 
 def _density(record: Record) -> tuple[list[float], list[float]] | None:
@@ -213,55 +210,3 @@ def _density(record: Record) -> tuple[list[float], list[float]] | None:
     if not total > 0 or any(map(math.isnan, edges)):
         return None
     return edges, [count / total for count in counts]
-
-
-CURVES = {"loss": ("loss", True), "fvu": ("FVU", False), "l0": ("L0", True), "dead": ("dead fraction", False)}
-
-
-def training(site: Site) -> list[Picture]:
-    """Loss, FVU, L0 and dead latents over training, a column per size."""
-    column = {name: index for index, name in enumerate(site.run.member_names)}
-    members = [record for record in site.records if record["name"] in column and math.isfinite(ratio(record))]
-    log = [line for line in site.run.log if math.isfinite(number(line.get("tokens")))]
-    if not members or len(log) < 2:
-        return []
-    if len(log) > MOST_POINTS:
-        log = [log[round(i * (len(log) - 1) / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
-    knobs, ratios = axes(members)
-    words = dict(zip(knobs, labels(knobs), strict=True))
-    rows = []
-    for name, (label, log_y) in CURVES.items():
-        row = []
-        for at, size in zip(ratios, labels(ratios), strict=True):
-            curves = [
-                Curve(words.get(knob(record), "–"), *_series(log, name, column[record["name"]], record))
-                for record in sorted(
-                    members, key=lambda record: knob(record) if math.isfinite(knob(record)) else math.inf
-                )
-                if ratio(record) == at
-            ]
-            row.append(Panel(f"ratio {size}", [curve for curve in curves if len(curve.x)], label, log_y=log_y))
-        if any(panel.curves for panel in row):
-            rows.append(row)
-    if not rows:
-        return []
-    figure = training_curves(rows, "training tokens", knob_label(members))
-    caption = (
-        "Each line is one member (each seed and learning rate has its own); colours say the sparsity setting. Lines "
-        "that still fall at the right end are under-trained, and dictionaries of a language model need far more "
-        "steps than their loss suggests: look at L0 and the dead fraction, which settle last."
-    )
-    return [site.picture("training", "Training", figure, caption)]
-
-
-def _series(log: Sequence[Record], name: str, column: int, record: Record) -> tuple[list[float], list[float]]:
-    """Tokens and the finite values of one member; dead counts become fractions."""
-    size = number(record.get("d_sae")) if name == "dead" else 1.0
-    x, y = [], []
-    for line in log:
-        values = line.get(name)
-        value = number(values[column]) / size if isinstance(values, list) and column < len(values) else math.nan
-        if math.isfinite(value):
-            x.append(number(line["tokens"]))
-            y.append(value)
-    return x, y

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_coding.report.choose import MOSTLY_DEAD, best_members
+from sparse_coding.report.choose import MOSTLY_DEAD, best_by_site
+from sparse_coding.report.compare import at_equal_l0, equal_l0_table, equal_l0_words
+from sparse_coding.report.families import by_site, families
 from sparse_coding.report.latents import read_latents
 from sparse_coding.report.page import Page, Section, pretty, visible, write_page
 from sparse_coding.report.records import (
     Record,
     RunData,
     axes,
-    groups,
     has,
     metric,
     number,
+    ratio,
     read_run,
     short,
 )
-from sparse_coding.report.run_pictures import (
-    Site,
-    densities,
-    frontiers,
-    maps,
-    recovered_metric,
-    training,
-)
-from sparse_coding.report.tables import facts, health_warnings, look_up, member_table
+from sparse_coding.report.run_pictures import Site, densities, frontiers, maps
+from sparse_coding.report.tables import facts, health_warnings, look_up, member_table, site_table
+from sparse_coding.report.trade_off import measures, recovered_metric, recovered_words
+from sparse_coding.report.training_pictures import training
 
 
 def write_run_report(folder: Path) -> Path:
@@ -40,9 +37,9 @@ def write_run_report(folder: Path) -> Path:
     comes out the same. Raises UserError where a data file is missing, empty or damaged.
     """
     run = read_run(folder)
-    best = best_members(run.records)
-    sites = groups(run.records, "site")
-    sections = [_site_section(run, str(name), index, len(sites), best) for index, (name,) in enumerate(sites)]
+    best = best_by_site(run.records)
+    sites = by_site(run.records)
+    sections = [_site_section(run, name, index, len(sites), best) for index, name in enumerate(sites)]
     caption = "Highlighted: the member at the knee of the L0-FVU frontier. Unrounded values on hover; a click sorts."
     table = member_table(run.records, set(best.values()), "", caption)
     sections.append(Section("All members", tables=[table]))
@@ -62,13 +59,15 @@ def write_run_report(folder: Path) -> Path:
 
 
 def _site_section(run: RunData, name: str, index: int, count: int, best: Mapping[str, str]) -> Section:
-    records = [record for record in run.records if str(record.get("site")) == name]
+    records = by_site(run.records)[name]
     word = re.sub(r"[^A-Za-z0-9.]+", "_", name)[:60]
     prefix = "" if count == 1 else f"{index}-{word}-"
     site = Site(name, records, run, run.folder / "pictures", prefix)
     pictures = [*frontiers(site), *maps(site), *densities(site), *training(site)]
     intro = f"Best trade-off at this site: {best[name]}." if name in best else ""
-    return Section(visible(f"Site {name}"), visible(intro), pictures)
+    compared = [found for measure in measures(records) if (found := at_equal_l0(records, measure))]
+    tables = [*map(equal_l0_table, compared), *([table] if (table := site_table(records)) else [])]
+    return Section(visible(f"Site {name}"), visible(intro), pictures, tables)
 
 
 def _title(run: RunData) -> str:
@@ -79,7 +78,7 @@ def _title(run: RunData) -> str:
 def _shape(run: RunData) -> list[tuple[str, str]]:
     shape = [("model", visible(str(look_up(run.settings, "model", "model_name") or "")))]
     shape.append(("text", visible(str(_text_source(run.settings) or ""))))
-    shape.append(("sites", visible(", ".join(str(site) for (site,) in groups(run.records, "site")))))
+    shape.append(("sites", visible(", ".join(by_site(run.records)))))
     tokens = number(run.log[-1].get("tokens")) if run.log else math.nan
     if not math.isnan(tokens):
         shape.append(("training tokens", f"{tokens:,.0f}"))
@@ -97,10 +96,8 @@ def _text_source(settings: Mapping[str, Any]) -> Any:
 
 def _summary(records: Sequence[Record], best: Mapping[str, str]) -> list[str]:
     """A few sentences on what the sweep found, computed from the records."""
-    knobs, ratios = axes(records)
-    sites = len(groups(records, "site"))
-    where = f" at {sites} sites" if sites > 1 else ""
-    said = [f"{len(records)} dictionaries{where}: {_count(knobs, 'sparsity setting')}, {_count(ratios, 'size')}."]
+    parts = by_site(records)
+    said = [f"{len(records)} dictionaries{f' at {len(parts)} sites' if len(parts) > 1 else ''}: {_varied(records)}."]
     recovered = recovered_metric(records)
     if recovered:
         said += _best_recovered(records, recovered)
@@ -111,12 +108,27 @@ def _summary(records: Sequence[Record], best: Mapping[str, str]) -> list[str]:
             f"FVU runs from {short(min(fvu))} to {short(max(fvu))} and L0 from {short(min(l0))} to {short(max(l0))}."
         )
     for site, name in best.items():
-        record = next(record for record in records if record["name"] == name and str(record.get("site")) == site)
-        at = visible(f" at {site}") if sites > 1 else ""
+        record = next(record for record in parts[site] if record["name"] == name)
+        at = visible(f" at {site}") if len(parts) > 1 else ""
         more = f", {recovered_words(recovered)} {metric(record, recovered):.1%}" if recovered else ""
         said.append(visible(f"The knee of the L0-FVU frontier{at} is {name}: L0 {short(metric(record, 'l0'))}, "
                             f"FVU {short(metric(record, 'fvu'))}{more}."))  # fmt: skip
+    for site, members in parts.items():
+        words = [equal_l0_words(found) for measure in measures(members) if (found := at_equal_l0(members, measure))]
+        said += [visible(f"At {site}:"), *words] if words and len(parts) > 1 else words
     return said
+
+
+def _varied(records: Sequence[Record]) -> str:
+    """What the sweep went through."""
+    found = families(records)
+    sizes = _count({value for record in records if math.isfinite(value := ratio(record))}, "size")
+    if len(found) == 1:
+        return f"{_count(axes(records)[0], 'sparsity setting')}, {sizes}"
+    architectures = {str(record.get("architecture")) for record in records}
+    words = [_count(architectures, "architecture")] if len(architectures) > 1 else []
+    words += [_count(found, "family", "families")] if len(found) != len(architectures) else []
+    return ", ".join([*words, sizes])
 
 
 def _best_recovered(records: Sequence[Record], recovered: str) -> list[str]:
@@ -138,9 +150,5 @@ def _best_recovered(records: Sequence[Record], recovered: str) -> list[str]:
     ]
 
 
-def recovered_words(name: str) -> str:
-    return "loss recovered" if name.startswith("ce_") else "KL recovered"
-
-
-def _count(values: Sequence[Any], word: str) -> str:
-    return f"{len(values)} {word}{'' if len(values) == 1 else 's'}"
+def _count(values: Collection[Any], word: str, plural: str = "") -> str:
+    return f"{len(values)} {word if len(values) == 1 else plural or word + 's'}"

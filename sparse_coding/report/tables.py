@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sparse_coding.progress import duration
-from sparse_coding.report.page import Cell, Row, Table, number_cell, text_cell
+from sparse_coding.report.families import KNOB_LABELS, KNOB_WORDS, by_site, knob_label, site_label
+from sparse_coding.report.page import Cell, Row, Table, number_cell, text_cell, visible
 from sparse_coding.report.records import (
+    KNOBS,
     Record,
     grid_matrix,
     grid_spread,
-    groups,
     has,
     knob,
     knob_name,
@@ -34,6 +36,7 @@ METRICS = {
     "l1": ("L1 norm", "mean sum of the codes"),
     "dead": ("dead", "latents that never fired in the evaluation"),
     "dead_fraction": ("dead share", "dead latents over all latents"),
+    "relative_bias": ("rel. bias", "energy of the reconstruction over its overlap with x: below 1 is shrunk"),
     "cosine": ("cosine", "mean cosine of an activation and its reconstruction"),
     "mmcs_next_larger": ("MMCS next", "MMCS with the next larger dictionary at the same sparsity setting"),
     "ce_recovered_zero": ("CE rec.", "loss recovered: 1 is the model untouched, 0 is the site set to zero"),
@@ -41,39 +44,92 @@ METRICS = {
     "ce_spliced": ("CE", "cross-entropy with the reconstruction spliced in, nats per token"),
     "kl_spliced": ("KL", "KL divergence of the spliced model from the untouched one, nats per token"),
     "kl_recovered_zero": ("KL rec.", "1 - KL over the KL with the site set to zero"),
+    "kl_recovered_mean": ("KL rec. mean", "1 - KL over the KL with the site set to its mean"),
 }
 """Metric -> column header and explanation, in the order of the columns."""
 
-KNOB_LABELS = {"l1_coefficient": "L1 coefficient", "k": "k (active latents allowed)"}
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table of members, and when it is worth showing."""
+
+    header: str
+    explanation: str
+    cell: Callable[[Record], Cell]
+    shown: bool = True
 
 
-def knob_label(records: Iterable[Mapping[str, Any]]) -> str:
-    """What the sparsity axis of these members is called."""
-    return KNOB_LABELS[knob_name(records)]
+def _columns(records: Sequence[Record]) -> list[Column]:
+    """Identity, knobs, size, seed and every metric that any member has."""
+
+    def text(name: str, explanation: str = "") -> Column:
+        values = {str(record.get(name) or "") for record in records}
+        return Column(name, explanation, lambda record: text_cell(record.get(name) or ""), len(values) > 1)
+
+    def exact(name: str, explanation: str = "") -> Column:
+        return Column(name, explanation, lambda record: _exact(record.get(name)))
+
+    def turned(name: str) -> Column:
+        header = KNOB_LABELS[name] if len(knobs) == 1 else KNOB_WORDS[name]
+        return Column(header, "", lambda one: number_cell(knob(one) if knob_name([one]) == name else math.nan))
+
+    def measured(name: str) -> Column:
+        return Column(*METRICS[name], lambda record: number_cell(metric(record, name)), has(records, name))
+
+    in_use = {knob_name([record]) for record in records}
+    knobs = [name for name in KNOBS if name in in_use]
+    columns = [
+        Column("member", "name of the folder under dictionaries/", lambda record: text_cell(record["name"])),
+        Column("site", "", lambda record: text_cell(site_label(record)), len(by_site(records)) > 1),
+        text("architecture"),
+        text("variant", "other settings that set it apart"),
+        *map(turned, knobs),
+        Column("ratio", "dictionary ratio", lambda record: number_cell(ratio(record))),
+        exact("d_sae", "number of latents"),
+        exact("lr", "learning rate"),
+        exact("seed"),
+        *map(measured, METRICS),
+    ]
+    return [column for column in columns if column.shown]
 
 
 def member_table(
     records: Sequence[Record], best: Collection[str], title: str, caption: str, folded: bool = False
 ) -> Table:
-    """One row per member, with every metric that any of them has; the rows of `best` are highlighted."""
-    shown = [name for name in METRICS if has(records, name)]
-    sites = len(groups(records, "site")) > 1
-    headers = [("member", "name of the folder under dictionaries/"), *([("site", "")] if sites else []),
-               (knob_label(records), ""), ("ratio", "dictionary ratio"), ("d_sae", "number of latents"),
-               ("lr", "learning rate"), ("seed", ""), *(METRICS[name] for name in shown)]  # fmt: skip
-    rows = []
-    for record in sorted(records, key=_order):
-        cells = [text_cell(record["name"]), *([text_cell(record.get("site"))] if sites else []),
-                 number_cell(knob(record)), number_cell(ratio(record)),
-                 *(_exact(record.get(name)) for name in ("d_sae", "lr", "seed")),
-                 *(number_cell(metric(record, name)) for name in shown)]  # fmt: skip
-        rows.append(Row(cells, record["name"] in best))
-    return Table(title, headers, rows, caption, folded)
+    """One row per member, with every metric that any of them has; the rows of `best` are highlighted.
+
+    Site, architecture and variant have columns where there are several; each knob in use has one.
+    """
+    columns = _columns(records)
+    rows = [
+        Row([column.cell(record) for column in columns], record["name"] in best)
+        for record in sorted(records, key=_order)
+    ]
+    return Table(title, [(column.header, column.explanation) for column in columns], rows, caption, folded)
+
+
+def site_table(records: Sequence[Record]) -> Table | None:
+    """FVU of crosscoders at each of their sites, a row per member; None where there are none."""
+    found = [(record, sites) for record in records if (sites := _by_site(record))]
+    names = list(dict.fromkeys(name for _, sites in found for name in sites))
+    if not found:
+        return None
+    headers = [("member", ""), *((visible(name), "FVU of this site alone") for name in names)]
+    rows = [
+        Row([text_cell(record["name"]), *(number_cell(number(sites.get(name))) for name in names)])
+        for record, sites in sorted(found, key=lambda pair: _order(pair[0]))
+    ]
+    return Table("FVU site by site", headers, rows, "Of members that reconstruct several sites.", folded=len(rows) > 12)
+
+
+def _by_site(record: Record) -> Mapping[str, Any]:
+    found = (record.get("metrics") or {}).get("fvu_by_site")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _order(record: Record) -> tuple:
     keys = (ratio(record), knob(record), number(record.get("lr")), number(record.get("seed")))
-    return (str(record.get("site")), str(record.get("architecture")),
+    return (site_label(record), str(record.get("architecture")), str(record.get("variant") or ""), knob_name([record]),
             *(math.inf if math.isnan(key) else key for key in keys), record["name"])  # fmt: skip
 
 

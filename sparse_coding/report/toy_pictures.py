@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sparse_coding.report.canvas import save
+from sparse_coding.report.families import knob_label, knob_word
 from sparse_coding.report.heatmaps import Grid, Scale, cell_text, heat_map
 from sparse_coding.report.page import Picture
 from sparse_coding.report.pictures import Curve, Panel, histograms, small_multiples
@@ -21,14 +22,13 @@ from sparse_coding.report.records import (
     grid_spread,
     has,
     knob,
-    knob_name,
     labels,
-    metric,
     number,
     ratio,
     short,
 )
-from sparse_coding.report.tables import blanks, knob_label
+from sparse_coding.report.tables import blanks
+from sparse_coding.report.trade_off import mean_true_l0
 
 L0_RANGE = 4.0
 """Half the range of the L0 map, in factors of two."""
@@ -36,7 +36,7 @@ L0_RANGE = 4.0
 
 @dataclass(frozen=True)
 class Study:
-    """Members that share a map (one architecture, one learning rate) and what to draw beside them."""
+    """Members that share a map (one family) and what to draw beside them."""
 
     records: list[Record]
     controls: Mapping[str, Any]
@@ -61,13 +61,14 @@ class Study:
 
     @property
     def edge(self) -> Any:
-        return self.controls.get("collapse_l1")
+        """L1 of the predicted collapse, which holds for members that divide their L1 term as the toy study of 2023."""
+        divided = {(record.get("settings") or {}).get("l1_scaling") for record in self.records}
+        return self.controls.get("collapse_l1") if divided == {"toy-2023"} else None
 
     @property
     def l0_true(self) -> float:
         said = number(self.controls.get("l0_true"))
-        measured = [value for record in self.records if math.isfinite(value := metric(record, "l0_true"))]
-        return said if math.isfinite(said) or not measured else float(np.mean(measured))
+        return said if math.isfinite(said) else mean_true_l0(self.records)
 
     def picture(self, name: str, title: str, figure: Any, caption: str, note: str = "") -> Picture:
         path = self.folder / f"{self.prefix}{name}.png"
@@ -218,13 +219,8 @@ def _mse(study: Study) -> Picture:
     high = max(square, float(finite.max())) if square > 0 else None
     exponent = math.floor(math.log10(largest)) if (largest := float(finite.max())) > 0 else 0
     scale = Scale("MSE", None if log else 0.0, high, log=log, marks=marks, unit=10.0**exponent)
-    figure = heat_map(
-        f"Reconstruction error, in 1e{exponent}",
-        grid,
-        scale,
-        strip=study.baselines("mse"),
-        edge=study.edge,
-    )
+    title = f"Reconstruction error, in 1e{exponent}"
+    figure = heat_map(title, grid, scale, strip=study.baselines("mse"), edge=study.edge)
     caption = (
         "Squared error without the penalty, mean over samples and dimensions, on held-out rows. Small penalties "
         "always win here, which is why a low error alone says nothing about the features; the flat plateau at strong "
@@ -279,7 +275,7 @@ def curves(study: Study) -> Picture | None:
 
 def match_histograms(study: Study) -> Picture | None:
     """Largest cosine of each true feature, for the best cell of each ratio, seeds pooled."""
-    grid, word = study.grid("mmcs"), "k" if knob_name(study.records) == "k" else "L1"
+    grid, word = study.grid("mmcs"), knob_word(study.records)
     panels = []
     for row, (at, name) in enumerate(zip(grid.ratios, labels(grid.ratios), strict=True)):
         if not np.isfinite(grid.values[row]).any():

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparse_coding.report.compare import EqualL0, at_equal_l0, equal_l0_table, equal_l0_words
+from sparse_coding.report.families import families, file_words, knob_label
 from sparse_coding.report.page import Page, Picture, Section, Table, pretty, write_page
 from sparse_coding.report.records import (
     Record,
     axes,
     by_ratio,
     grid_matrix,
-    groups,
     has,
     knob,
     metric,
@@ -25,8 +25,9 @@ from sparse_coding.report.records import (
     read_run,
     short,
 )
-from sparse_coding.report.tables import cell_table, facts, health_warnings, knob_label, look_up, member_table
+from sparse_coding.report.tables import cell_table, facts, health_warnings, look_up, member_table
 from sparse_coding.report.toy_pictures import Study, curves, maps, match_histograms
+from sparse_coding.report.trade_off import Measure, measures, trade_off_figure
 
 PUBLISHED_CLIP = 100.0
 """Dead latents at which the colours of the published map end."""
@@ -44,11 +45,11 @@ def write_toy_report(folder: Path) -> Path:
     controls = run.settings.get("controls")
     controls = controls if isinstance(controls, Mapping) else {}
     clip = PUBLISHED_CLIP if look_up(run.settings, "published_metrics") else number(look_up(run.settings, "clip_dead"))
-    sections = []
-    parts = groups(run.records, "architecture", "lr")
-    for (architecture, lr), records in parts.items():
-        name = "" if len(parts) == 1 else f"{architecture}, learning rate {short(number(lr))}"
-        prefix = "" if len(parts) == 1 else re.sub(r"[^A-Za-z0-9._-]+", "_", f"{architecture}-lr_{lr}-")
+    sections = _comparison(Study(run.records, controls, folder / "pictures"))
+    parts = families(run.records)
+    words = file_words(parts)
+    for name, records in parts.items():
+        prefix = "" if len(parts) == 1 else f"{words[name]}-"
         study = Study(records, controls, folder / "pictures", prefix, None if math.isnan(clip) else clip)
         sections += _sections(study, name)
     best = _best(run.records)
@@ -65,6 +66,30 @@ def write_toy_report(folder: Path) -> Path:
         sections=sections,
     )
     return write_page(page, folder / "report.html")
+
+
+def _comparison(study: Study) -> list[Section]:
+    """All families on one picture, and at equal L0 around the truth; nothing where there is one family."""
+    if len(families(study.records)) == 1:
+        return []
+    true = study.l0_true
+    label = "L0 (mean active latents per sample)"
+    figure, _ = trade_off_figure(study.records, true_l0=true, x_label=label)
+    if figure is None:
+        return []
+    caption = (
+        "One colour and marker per architecture, a point per sparsity setting, averages over seeds; the line style "
+        "says the size where there are several, solid is the largest. A low FVU says little about the features, MMCS with "
+        "the truth does: compare its peaks, and whether they lie at the true L0 (dotted)."
+    )
+    picture = study.picture("frontier", "Architectures against one another", figure, caption)
+    compared = [found for measure in measures(study.records) if (found := _near_truth(study.records, measure, true))]
+    return [Section("Architectures", pictures=[picture], tables=[*map(equal_l0_table, compared)])]
+
+
+def _near_truth(records: list[Record], measure: Measure, true: float) -> EqualL0 | None:
+    """At half, once and twice the true L0, where it is known."""
+    return at_equal_l0(records, measure, (true / 2, true, 2 * true)) if true > 0 else at_equal_l0(records, measure)
 
 
 def _sections(study: Study, name: str) -> list[Section]:
@@ -106,10 +131,13 @@ def _shape(records: list[Record], settings: Mapping[str, Any], controls: Mapping
 
 def _summary(records: list[Record], controls: Mapping[str, Any]) -> list[str]:
     """A few sentences on what the study found, computed from the records."""
-    knobs, ratios = axes(records)
+    parts = families(records)
+    ratios = {value for record in records if math.isfinite(value := ratio(record))}
     seeds = len({record.get("seed") for record in records})
+    many = _count(len(parts), "family", "families") if len(parts) > 1 else ""
     said = [
-        f"{_count(len(records), 'dictionary', 'dictionaries')}: {_count(len(knobs), 'sparsity setting')}, "
+        f"{_count(len(records), 'dictionary', 'dictionaries')}: "
+        f"{many or _count(len(axes(records)[0]), 'sparsity setting')}, "
         f"{_count(len(ratios), 'size')}, {_count(seeds, 'seed')}."
     ]
     best = _best(records)
@@ -117,17 +145,22 @@ def _summary(records: list[Record], controls: Mapping[str, Any]) -> list[str]:
         return [*said, "No member has a finite MMCS, so nothing can be said about the true features."]
     at = ratio(best)
     sentence = f"The best match with the truth is MMCS {metric(best, 'mmcs'):.3f}, at ratio {short(at)}"
-    sentence += f" and {knob_label([best])} {short(knob(best))}"
+    family = next(name for name, members in parts.items() if any(member is best for member in members))
+    sentence += f" and {knob_label([best])} {short(knob(best))}" + (f" ({family})" if family else "")
     levels = {"chance": by_ratio(controls.get("chance_mmcs"), at), "the ceiling": by_ratio(controls.get("ceiling"), at)}
     known = [f"{word} is {value:.3f}" for word, value in levels.items() if math.isfinite(value)]
     said.append(sentence + (f" ({' and '.join(known)} there)." if known else "."))
     if has([best], "fraction_above_0.9"):
         share = f"{metric(best, 'fraction_above_0.9'):.0%} of the true features with a cosine above 0.9"
         said.append(f"That dictionary finds {share}{_l0_clause(best, controls)}.")
-    cells = [grid_matrix(part, "mmcs")[2] for part in groups(records, "architecture", "lr").values()]
+    cells = [grid_matrix(part, "mmcs")[2] for part in parts.values()]
     good, measured = (int(sum(count.sum() for count in found)) for found in (
         [matrix > 0.9 for matrix in cells], [np.isfinite(matrix) for matrix in cells]))  # fmt: skip
     said.append(f"The mean MMCS is above 0.9 in {good} of {_count(measured, 'cell')}.")
+    true = number(controls.get("l0_true"))
+    for measure in measures(records):
+        if len(parts) > 1 and (found := _near_truth(records, measure, true)):
+            said.append(equal_l0_words(found))
     rivals = {name: by_ratio(values.get("mmcs"), at) for name, values in _baselines(controls).items()}
     rivals = {name: value for name, value in rivals.items() if math.isfinite(value) and name != "oracle"}
     if rivals:

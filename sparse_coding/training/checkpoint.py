@@ -17,7 +17,7 @@ from torch import Tensor
 from sparse_coding.errors import UserError
 from sparse_coding.files import write_tensors, write_text
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from sparse_coding.dictionaries import Moment
 from sparse_coding.progress import duration, quantity
-from sparse_coding.training.optimizer import OptimizerSettings
-from sparse_coding.training.precision import Precision, products_dtype
-from sparse_coding.training.stack import Stack
 from sparse_coding.training.stream import Stream
 from sparse_coding.training.sweep import Member, split_into_stacks, stack_bytes
+from sparse_coding.training.trainer import StepError, TrainingSettings, build_stacks
 
 
 @dataclass(frozen=True)
@@ -38,31 +37,33 @@ class Estimate:
 def estimate(
     members: Sequence[Member],
     stream: Stream,
-    steps: int,
-    precision: Precision,
+    training: TrainingSettings,
     device: str,
     hidden_seconds: float = 0.0,
+    error: StepError | None = None,
 ) -> Estimate:
     """Time one step of each distinct kind of stack, and one batch of the stream.
 
     `hidden_seconds` per batch are what a stream spends now and then and a few batches do not show, such as capturing.
+    `error` is that of the trainer.
     """
-    dtype = products_dtype(precision, device)
+    steps = training.steps
     batch, stream_seconds = stream.batch(0), _seconds(lambda step: stream.batch(step), device, first=1)
     timed: dict[tuple, float] = {}
     per_step = stream_seconds + hidden_seconds
     for group in split_into_stacks(members, stream.batch_size, stack_bytes(device)):
         chosen = [members[index] for index in group]
-        shape = (chosen[0].architecture, chosen[0].site, chosen[0].settings.d_sae, len(chosen))
+        first = chosen[0]
+        shape = (first.architecture, first.variant, first.site, first.settings.d_sae, len(chosen))
         if shape not in timed:
-            stack = Stack(chosen, OptimizerSettings(), device, dtype)
-            x = batch[stack.site]
-            timed[shape] = _seconds(lambda _, stack=stack, x=x: stack.step(x, 1.0), device)
+            (stack,) = build_stacks(chosen, [range(len(chosen))], stream, replace(training, steps=1), device)
+            moment = Moment(error=error and error(0, first.output_site))
+            timed[shape] = _seconds(lambda _, stack=stack, moment=moment: stack.step(batch, 1.0, moment), device)
             del stack
         per_step += timed[shape]
-    weights = sum(member.settings.d_in * member.settings.d_sae for member in members)
+    weights = sum((m.settings.d_in + m.settings.target_width) / 2 * m.settings.d_sae for m in members)
     flop = 10.0 * stream.batch_size * weights * steps
-    return Estimate(len(members), flop, per_step * steps, weights * 2 * 4 * 3)
+    return Estimate(len(members), flop, per_step * steps, round(weights * 2 * 4 * 3))
 
 
 def _seconds(step: Callable[[int], object], device: str, first: int = 0, budget: float = 0.3) -> float:

@@ -2,71 +2,155 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_coding.dictionaries import TrainableDictionary, architecture
+from sparse_coding.dictionaries import Moment, Sample, TrainableDictionary, architecture
+from sparse_coding.dictionaries.base import SETTLED
 from sparse_coding.kernels.result import StepResult
 from sparse_coding.training.allocator import keep_freed_memory
-from sparse_coding.training.optimizer import OptimizerSettings, StackedAdam
+from sparse_coding.training.dead import Clocks, DeadSettings
+from sparse_coding.training.loss_scale import LossScale
+from sparse_coding.training.optimizer import OptimizerSettings, make_optimizer
 from sparse_coding.training.sweep import Member
 
 METRICS = ("loss", "squared_error", "l1", "l0")
 
 
-def gradients_by_autograd(dictionary: TrainableDictionary, x: Float[Tensor, "B d_in"]) -> StepResult:
-    """The step as the dictionary's own `loss` defines it, in the dtype of its parameters."""
-    losses = dictionary.loss(x)
+def gradients_by_autograd(
+    dictionary: TrainableDictionary,
+    x: Float[Tensor, "B d_in"],
+    target: Float[Tensor, "B d_out"] | None = None,
+    moment: Moment = SETTLED,
+    dtype: torch.dtype = torch.float32,
+    loss_scale: Float[Tensor, " M"] | None = None,
+) -> StepResult:
+    """The step as the dictionary's own `loss` defines it, matrix products in `dtype`, all else in the parameters' own.
+
+    Gradients are `loss_scale` times too large where that is given.
+    """
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        losses = dictionary.loss(x, target, moment)
     names, parameters = zip(*dictionary.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(losses.total.sum(), parameters)
+    total = losses.total if loss_scale is None else losses.total * loss_scale
+    gradients = torch.autograd.grad(total.sum(), parameters)
     f = losses.f.detach()
     return StepResult(
         dict(zip(names, gradients, strict=True)),
         losses.total.detach(),
         losses.terms["squared_error"].detach(),
         f.abs().sum(-1).mean(-1),
-        (f != 0).sum(-2).float(),
+        (f != 0).sum(-2, dtype=torch.float32),
+        {name: value.detach() for name, value in losses.state.items()},
     )
 
 
 class Stack:
-    """`M` members of one architecture, site and shape."""
+    """Members of one architecture and shape on one site; `rows` of a batch are shared by all of them."""
 
-    def __init__(self, members: Sequence[Member], settings: OptimizerSettings, device: str, dtype: torch.dtype):
+    def __init__(
+        self,
+        members: Sequence[Member],
+        settings: OptimizerSettings,
+        device: str,
+        dtype: torch.dtype,
+        dead: DeadSettings | None = None,
+        sample: Sample | None = None,
+    ):
         keep_freed_memory()
-        self.members, self.site, self.dtype = list(members), members[0].site, dtype
+        self.members, self.site, self.target, self.dtype = list(members), members[0].site, members[0].target, dtype
         kind = architecture(members[0].architecture)
         generators = [member.generator() for member in members]
-        self.dictionary = kind.init([member.settings for member in members], generators, device)
-        self.optimizer = StackedAdam(self.dictionary.tensors(), [member.lr for member in members], settings)
-        shape = (len(members), members[0].settings.d_sae)
-        self.rows_since_fired = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.sums = {name: torch.zeros(shape[0], dtype=torch.float64, device=device) for name in METRICS}
+        self.dictionary: Any = kind.init([member.settings for member in members], generators, device, sample)
+        matrices = {name for name in ("W_enc", "W_dec", "W_skip") if hasattr(self.dictionary, name)}
+        lrs = [member.lr for member in members]
+        self.optimizer = make_optimizer(self.dictionary.tensors(), lrs, settings, matrices)
+        self.clocks = Clocks((len(members), members[0].settings.d_sae), dead or DeadSettings(), device)
+        self.revives = getattr(members[0].settings, "dead_latents", "none") != "none"
+        self.loss_scale = LossScale(len(members), device) if dtype == torch.float16 else None
+        self.sums = {name: torch.zeros(len(members), dtype=torch.float64, device=device) for name in METRICS}
         self.steps_summed = 0
 
-    def step(self, x: Float[Tensor, "B d_in"], scale: float) -> None:
-        """One update on one batch, the learning rates multiplied by `scale`. Nothing here waits for the device."""
-        fused = self.dictionary.fused_gradients
-        result = fused(x, self.dtype) if fused is not None else gradients_by_autograd(self.dictionary, x)
-        self.dictionary.constrain_gradients_(result.gradients)
-        self.optimizer.step(result.gradients, scale)
-        self.dictionary.constrain_()
-        self._count(result, len(x))
+    def rows(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """(x, target) of a batch of the stream; no target where it is x itself."""
+        return batch[self.site], batch[self.target] if self.target else None
 
-    def _count(self, result: StepResult, n_rows: int) -> None:
-        self.rows_since_fired.add_(n_rows).mul_(result.active == 0)
+    def step(self, batch: Mapping[str, Tensor], scale: float, moment: Moment = SETTLED) -> None:
+        """One update on one batch, the learning rates multiplied by `scale`. Nothing here waits for the device."""
+        x, target = self.rows(batch)
+        if self.revives and self.clocks.possible(moment.step, len(x)):
+            moment = moment._replace(dead=self.clocks.dead())
+        result = self._gradients(x, target, moment)
+        self.dictionary.constrain_gradients_(result.gradients)
+        if self.loss_scale is None:
+            self._update(result, scale)
+        else:
+            finite = self.loss_scale.unscale_(result.gradients)
+            before = {name: value.clone() for name, value in self._changing().items()}
+            self._update(result, scale)
+            for name, value in self._changing().items():
+                value.copy_(torch.where(finite.view(-1, *[1] * (value.ndim - 1)), value, before[name]))
+            self.loss_scale.update(finite)
+        self._count(result, len(x), moment.step)
+
+    def _gradients(self, x: Tensor, target: Tensor | None, moment: Moment) -> StepResult:
+        if self.loss_scale is not None:
+            return gradients_by_autograd(self.dictionary, x, target, moment, self.dtype, self.loss_scale.scale)
+        fused = self.dictionary.fused_gradients(x, target, moment, self.dtype)
+        return gradients_by_autograd(self.dictionary, x, target, moment, self.dtype) if fused is None else fused
+
+    @torch.no_grad()
+    def _update(self, result: StepResult, scale: float) -> None:
+        self.optimizer.step(result.gradients, scale)
+        self.dictionary.constrain_(self.dictionary.tensors())
+        for name, value in result.state.items():
+            getattr(self.dictionary, name).copy_(value)
+
+    def _changing(self) -> dict[str, Tensor]:
+        """What an update changes, `[M ...]` by a flat name."""
+        parts = {"weights": self.dictionary.tensors(), "state": self.dictionary.state(), **self.optimizer.state()}
+        return {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
+
+    def _count(self, result: StepResult, n_rows: int, step: int) -> None:
+        self.clocks.count(result.active, n_rows, step)
         l0 = result.active.sum(-1) / n_rows
         for name, value in zip(METRICS, (result.loss, result.squared_error, result.l1, l0), strict=True):
             self.sums[name] += value
         self.steps_summed += 1
 
-    def averages(self, dead_window: int) -> dict[str, list[float]]:
-        """Means over the steps since the last call, and latents silent for `dead_window` rows, per member."""
+    @torch.no_grad()
+    def restart_(self, index: int, latents: Tensor, x: Tensor, target: Tensor) -> None:
+        """Give latents of member `index` new directions, and forget what optimiser and clocks knew of them."""
+        one = self.dictionary.member(index, self.members[index].settings)
+        one.restart_(latents, x, target)
+        masks = {}
+        for name, value in self.dictionary.tensors().items():
+            value[index] = one.tensors()[name]
+            if name in self.dictionary.latent_axes:
+                mask = torch.zeros_like(value, dtype=torch.bool)
+                mask[index].movedim(self.dictionary.latent_axes[name], 0)[latents] = True
+                masks[name] = mask
+        self.optimizer.forget_(masks)
+        self.clocks.restart_(index, latents)
+
+    def trained(self, index: int) -> TrainableDictionary:
+        """Member `index` with the weights to use it with, a copy: averaged ones where the optimiser averages."""
+        one = self.dictionary.member(index, self.members[index].settings)
+        averaged = self.optimizer.averaged()
+        if averaged is not None:
+            for name, value in one.tensors().items():
+                value.copy_(averaged[name][index])
+            one.constrain_(one.tensors())
+        return one
+
+    def averages(self) -> dict[str, list[float]]:
+        """Means over the steps since the last call, and how many latents are dead, per member."""
         means = {name: (value / max(self.steps_summed, 1)).tolist() for name, value in self.sums.items()}
-        means["dead"] = (self.rows_since_fired >= dead_window).sum(1).tolist()
+        means["dead"] = self.clocks.dead().sum(1).tolist()
         for value in self.sums.values():
             value.zero_()
         self.steps_summed = 0
@@ -74,23 +158,19 @@ class Stack:
 
     def state(self) -> dict[str, Tensor]:
         """Everything the next step depends on or a log line will show, by a flat name; shares memory."""
-        parts = {
-            "weights": self.dictionary.tensors(),
-            "adam1": self.optimizer.first,
-            "adam2": self.optimizer.second,
-            "sums": self.sums,
-            "clocks": {"rows_since_fired": self.rows_since_fired},
-        }
+        found = self._changing()
+        found |= {f"sums/{name}": value for name, value in self.sums.items()}
+        found |= {f"clocks/{name}": value for name, value in self.clocks.state().items()}
+        if self.loss_scale is not None:
+            found |= {f"loss_scale/{name}": value for name, value in self.loss_scale.state().items()}
         return {
-            f"{member.name}/{part}/{name}": value[index]
+            f"{member.name}/{name}": value[index]
             for index, member in enumerate(self.members)
-            for part, tensors in parts.items()
-            for name, value in tensors.items()
+            for name, value in found.items()
         }
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor], steps: int, steps_summed: int) -> None:
+    def load_state(self, state: Mapping[str, Tensor], steps_summed: int) -> None:
         for name, value in self.state().items():
             value.copy_(state[name])
-        self.optimizer.set_steps(steps)
         self.steps_summed = steps_summed

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparse_coding.dictionaries.normalise import Affine, Normalisation, RowNorm, row_statistics, scaling, whitening
 from sparse_coding.errors import UserError
 
 
@@ -52,22 +53,53 @@ class TensorStream:
         return {site: value[chosen.to(value.device)] for site, value in self.rows.items()}
 
 
-class ScaledStream:
-    """Each site multiplied by one number, so that rows have mean norm sqrt(d_in) and an L1 value means the same
-    on every model. The number is measured on the first batch alone, hence the same after a resume."""
+class NormalisedStream:
+    """Each site normalised, so that settings such as L1 weights mean the same on every model.
 
-    def __init__(self, stream: Stream):
-        self.stream, self.batch_size = stream, stream.batch_size
-        self.scales: dict[str, float] = {}
-        for site, x in stream.batch(0).items():
-            mean_norm = x.float().norm(dim=1).mean().item()
-            if not mean_norm > 0:
+    What depends on the data as a whole (a mean norm, a covariance) is measured on the first batches alone, hence the
+    same after a resume. See dictionaries/normalise.py for the kinds.
+    """
+
+    def __init__(self, stream: Stream, kind: Normalisation):
+        self.stream, self.batch_size, self.kind = stream, stream.batch_size, kind
+        self.maps: dict[str, Affine] = {}
+        """What is done to all rows of a site alike, to be folded into dictionaries; identities for row-wise kinds."""
+        self.row_norm: RowNorm | None = kind if kind in ("unit-norm", "layer-norm") else None
+        """What is done to each row by itself."""
+        for site, rows in first_rows(stream, WHITENING_ROWS if kind == "whiten" else 1).items():
+            norm = rows.norm(dim=1).mean().item()
+            if not norm > 0:
                 raise UserError(f"the activations at {site} are all zero: choose another site")
-            self.scales[site] = x.shape[1] ** 0.5 / mean_norm
+            if kind == "whiten":
+                self.maps[site] = whitening(rows)
+            else:
+                self.maps[site] = scaling(rows.shape[1] ** 0.5 / norm if kind == "mean-norm" else 1.0, rows.shape[1])
 
     @property
     def widths(self) -> Mapping[str, int]:
         return self.stream.widths
 
     def batch(self, step: int) -> dict[str, Float[Tensor, "B d_in"]]:
-        return {site: x * self.scales[site] for site, x in self.stream.batch(step).items()}
+        return {site: self.normalise(site, x) for site, x in self.stream.batch(step).items()}
+
+    def normalise(self, site: str, x: Float[Tensor, "B d_in"]) -> Float[Tensor, "B d_in"]:
+        if self.row_norm:
+            shift, scale = row_statistics(x, self.row_norm)
+            return (x - shift) / scale
+        return self.maps[site](x)
+
+    def undo(self, site: str, step: int) -> Callable[[Tensor], Tensor]:
+        """The way back to raw activations for reconstructions `[... B d_in]` of batch `step`; differentiable."""
+        if not self.row_norm:
+            return self.maps[site].undo
+        shift, scale = row_statistics(self.stream.batch(step)[site], self.row_norm)
+        return lambda x_hat: x_hat * scale + shift
+
+
+WHITENING_ROWS = 65_536
+
+
+def first_rows(stream: Stream, wanted: int) -> dict[str, Float[Tensor, "N d_in"]]:
+    """The first batches of each site, float32, at least `wanted` rows in all (at least one batch)."""
+    batches = [stream.batch(step) for step in range(max(1, -(-wanted // stream.batch_size)))]
+    return {site: torch.cat([batch[site] for batch in batches]).float() for site in batches[0]}

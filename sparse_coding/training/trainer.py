@@ -15,18 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_coding.dictionaries import TrainableDictionary
+from sparse_coding.dictionaries import Moment, Sample, TrainableDictionary, architecture
+from sparse_coding.dictionaries.base import ErrorFunction
 from sparse_coding.errors import Interrupted, UserError
 from sparse_coding.progress import Progress, quantity
 from sparse_coding.training import checkpoint
+from sparse_coding.training.dead import DeadSettings
 from sparse_coding.training.optimizer import OptimizerSettings
 from sparse_coding.training.precision import Precision, products_dtype
+from sparse_coding.training.resample import resample
 from sparse_coding.training.run_folder import RunFolder
 from sparse_coding.training.stack import Stack
-from sparse_coding.training.stream import Stream
+from sparse_coding.training.stream import Stream, first_rows
 from sparse_coding.training.sweep import Member, split_into_stacks, stack_bytes
 
 Logger = Callable[[dict[str, Any]], None]
+StepError = Callable[[int, str], ErrorFunction]
+"""(step, site) -> x_hat [M B d] -> what the reconstruction costs, one value per member."""
+
+SAMPLE_ROWS = 32_768
+"""Rows that initial values are taken from."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +45,24 @@ class TrainingSettings:
     """Updates, one batch of the stream each."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     precision: Precision = "auto"
-    """Of the matrix products: bf16 where the hardware has it (auto), bf16, fp32."""
+    """Of the matrix products: bf16 where the hardware has it (auto), bf16, fp16, fp32."""
     log_every: int = 100
     """Steps between two lines of log.jsonl."""
-    dead_window: int = 100_000
-    """Rows without firing after which a latent counts as dead in the log."""
+    sparsity_warmup_steps: int = 0
+    """Updates over which L1 and L0 weights rise from 0, and k falls to its value."""
+    dead: DeadSettings = field(default_factory=DeadSettings)
+    """When a latent is dead, and whether dead ones are resampled."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "dead_window"):
+        for name in ("steps", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.sparsity_warmup_steps < 0:
+            raise UserError(f"sparsity_warmup_steps is {self.sparsity_warmup_steps}: it must be 0 or more")
+
+    def sparsity(self, step: int) -> float:
+        """How far sparsity has warmed up at this step, up to 1."""
+        return min(1.0, (step + 1) / self.sparsity_warmup_steps) if self.sparsity_warmup_steps else 1.0
 
 
 class Trainer:
@@ -61,16 +77,16 @@ class Trainer:
         folder: RunFolder | None = None,
         checkpoint_seconds: float = 120.0,
         loggers: Sequence[Logger] = (),
+        error: StepError | None = None,
     ):
+        """`error` gives, for a step and a site, what replaces the reconstruction error there (end-to-end losses)."""
         self.members, self.stream, self.settings, self.folder = list(members), stream, settings, folder
-        self.checkpoint_seconds, self.loggers, self.device = checkpoint_seconds, loggers, device
-        dtype = products_dtype(settings.precision, device)
+        self.checkpoint_seconds, self.loggers, self.device, self.error = checkpoint_seconds, loggers, device, error
+        settings.dead.check(settings.steps, stream.batch_size)
         self.groups = split_into_stacks(self.members, stream.batch_size, stack_bytes(device))
-        self.stacks = [
-            Stack([self.members[index] for index in group], settings.optimizer, device, dtype) for group in self.groups
-        ]
+        self.stacks = build_stacks(self.members, self.groups, stream, settings, device)
         self.step, self.seconds = 0, 0.0
-        sites = dict.fromkeys(member.site for member in self.members)
+        sites = dict.fromkeys(member.output_site for member in self.members)
         self.moments = {site: torch.zeros(2, dtype=torch.float64, device=device) for site in sites}
         self._stop: str | None = None
         self._resume()
@@ -84,11 +100,13 @@ class Trainer:
         with self._signals(), Progress("training", settings.steps, start=self.step) as progress:
             while self.step < settings.steps:
                 batch = self.stream.batch(self.step)
-                scale = settings.optimizer.scale(self.step, settings.steps)
+                scale = settings.optimizer.scale(self.step, settings.steps, settings.dead.since_resampling(self.step))
                 for stack in self.stacks:
-                    stack.step(batch[stack.site], scale)
+                    stack.step(batch, scale, self._moment(stack))
                 self._measure(batch)
                 self.step += 1
+                if settings.dead.resamples_after(self.step):
+                    self._resample()
                 self.seconds = time.monotonic() - began
                 if self.step % settings.log_every == 0 or self.step == settings.steps:
                     record = self._log(scale)
@@ -105,8 +123,20 @@ class Trainer:
         """Member `index` as a dictionary of its own (a copy)."""
         for group, stack in zip(self.groups, self.stacks, strict=True):
             if index in group:
-                return stack.dictionary.member(group.index(index), self.members[index].settings)
+                return stack.trained(group.index(index))
         raise IndexError(index)
+
+    def _moment(self, stack: Stack) -> Moment:
+        """What this step's losses depend on besides rows and weights."""
+        error = self.error and self.error(self.step, stack.target or stack.site)
+        return Moment(self.step, self.settings.steps, self.settings.sparsity(self.step), error=error)
+
+    def _resample(self) -> None:
+        """Give dead latents new directions, from the losses on the next rows of the stream."""
+        n_batches = max(1, self.settings.dead.resample_rows // self.stream.batch_size)
+        batches = Batches(self.stream, self.step, n_batches)
+        for stack in self.stacks:
+            resample(stack, batches, self._moment(stack)._replace(error=None))
 
     def _measure(self, batch: dict[str, Tensor]) -> None:
         """Sum the total variance of each site, the denominator of FVU in the log."""
@@ -119,7 +149,7 @@ class Trainer:
         """One line of the log: averages since the last line. The only place that waits for the device."""
         columns: dict[str, list[float]] = {}
         for group, stack in zip(self.groups, self.stacks, strict=True):
-            for name, values in stack.averages(self.settings.dead_window).items():
+            for name, values in stack.averages().items():
                 column = columns.setdefault(name, [math.nan] * len(self.members))
                 for index, value in zip(group, values, strict=True):
                     column[index] = value
@@ -127,9 +157,9 @@ class Trainer:
         for moments in self.moments.values():
             moments.zero_()
         squared_error = columns.pop("squared_error")
-        columns["mse"] = [e / m.settings.d_in for e, m in zip(squared_error, self.members, strict=True)]
+        columns["mse"] = [e / m.settings.target_width for e, m in zip(squared_error, self.members, strict=True)]
         columns["fvu"] = [
-            e / variances[m.site] if variances[m.site] > 0 else math.nan
+            e / variances[m.output_site] if variances[m.output_site] > 0 else math.nan
             for e, m in zip(squared_error, self.members, strict=True)
         ]
         record = {
@@ -168,7 +198,7 @@ class Trainer:
         tensors, facts = found
         self.step, self.seconds = facts["step"], facts["seconds"]
         for stack in self.stacks:
-            stack.load_state(tensors, self.step, facts["steps_summed"])
+            stack.load_state(tensors, facts["steps_summed"])
         for site, moments in self.moments.items():
             moments.copy_(tensors[f"moments/{site}"])
         self.folder.rewind_log(self.step)
@@ -190,6 +220,36 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class Batches:
+    """Some batches of a stream from a step on, read when they are asked for, as often as one likes."""
+
+    def __init__(self, stream: Stream, first: int, count: int):
+        self.stream, self.first, self.count = stream, first, count
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self.stream.batch(self.first + i) for i in range(self.count))
+
+
+def build_stacks(
+    members: Sequence[Member],
+    groups: Sequence[Sequence[int]],
+    stream: Stream,
+    settings: TrainingSettings,
+    device: str,
+) -> list[Stack]:
+    """The stacks of a sweep with their initial weights, which may be taken from the stream's first rows."""
+    dtype = products_dtype(settings.precision, device)
+    rows = None
+    if any(architecture(m.architecture).needs_sample(m.settings) for m in members):
+        rows = {site: x.cpu() for site, x in first_rows(stream, SAMPLE_ROWS).items()}
+    stacks = []
+    for group in groups:
+        chosen = [members[index] for index in group]
+        sample = Sample(rows[chosen[0].site], rows[chosen[0].output_site]) if rows else None
+        stacks.append(Stack(chosen, settings.optimizer, device, dtype, settings.dead, sample))
+    return stacks
 
 
 def _summary(record: dict[str, Any], rows: int) -> str:

@@ -291,6 +291,34 @@ def test_only_unmasked_positions_are_replaced(given, site):
     assert differs.numpy().tolist() == mask.tolist()
 
 
+@pytest.mark.parametrize("site", SPLICED)
+@pytest.mark.parametrize(
+    ("name", "size", "tolerance"),
+    [("gpt2", 1e-5, 1e-5), ("neox", 1e-5, 1e-5), ("bert", 1e-5, 1e-5), ("llama", 1e-3, 5e-3)],
+)
+def test_gradients_reach_what_is_put_in_and_nothing_else(name, size, tolerance, site):
+    """Against the difference that a small step makes, in float64 (but Llama's norms compute in float32 always)."""
+    model = LanguageModel.of(model_of(name).hf.double(), name)
+    x = capture(model, TOKENS, [site])[site]
+    new = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    assert not splice(model, TOKENS, site, lambda _: new.requires_grad_()).requires_grad
+    seen: list[Tensor] = []
+
+    def replacement(old: Tensor) -> Tensor:
+        seen.append(old)
+        return new
+
+    logits = splice(model, TOKENS, site, replacement, with_gradient=True)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), new)
+    assert not seen[0].requires_grad
+    assert all(p.grad is None for p in model.hf.parameters())
+    up, down = (
+        splice(model, TOKENS, site, lambda _, s=s: new + s * gradient.sign()).square().sum() for s in (size, -size)
+    )
+    torch.testing.assert_close(gradient.abs().sum(), (up - down) / (2 * size), rtol=tolerance, atol=1e-7)
+    assert hooks(model) == 0
+
+
 def test_a_model_without_a_head_has_nothing_to_splice_for():
     model = LanguageModel.of(BertModel(BertConfig(**SMALL)))
     with pytest.raises(UserError, match="no trained head"):

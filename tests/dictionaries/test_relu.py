@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sparse_coding.dictionaries import ReLU, ReLUSettings, convert_l1
+from sparse_coding.dictionaries import Moment, ReLU, ReLUSettings, convert_l1
 from sparse_coding.dictionaries.relu import loss_weights
 from sparse_coding.errors import UserError
 
@@ -36,6 +36,84 @@ def test_the_three_scalings_of_the_l1_term_by_hand():
     x = torch.tensor([[2.0, 1.0]])
     assert_close(by_hand(l1_scaling="mean").loss(x).total, torch.tensor(0.25 / 2 + 0.5 * 2.5))
     assert_close(by_hand(l1_scaling="toy-2023").loss(x).total, torch.tensor(0.25 / 2 + 0.5 * 2.5 / 3))
+
+
+def test_warm_up_of_sparsity_multiplies_the_l1_term_alone():
+    losses = by_hand().loss(torch.tensor([[2.0, 1.0]]), moment=Moment(sparsity=0.2))
+    assert_close(losses.total, torch.tensor(0.25 + 0.2 * 0.5 * 2.5))
+    assert_close(losses.terms["l1"], torch.tensor(2.5))
+
+
+def test_another_error_takes_the_place_of_the_settings_own():
+    losses = by_hand().loss(torch.tensor([[2.0, 1.0]]), moment=Moment(error=lambda x_hat: x_hat.sum((-2, -1))))
+    assert_close(losses.total, torch.tensor(3.5 + 0.5 * 2.5))
+    assert_close(losses.terms["squared_error"], torch.tensor(0.25))
+
+
+def test_a_skip_transcoder_by_hand():
+    settings = ReLUSettings(2, 1, d_out=1, skip=True, l1_coefficient=0.5, l1_scaling="mean")
+    values = {"W_enc": [[1.0], [-1.0]], "b_enc": [0.5], "W_dec": [[2.0]], "b_dec": [3.0], "W_skip": [[0.0, 0.25]]}
+    dictionary = ReLU.single(settings, {name: torch.tensor(value) for name, value in values.items()})
+    x, target = torch.tensor([[2.0, 1.0], [0.0, 4.0]]), torch.tensor([[6.0], [5.0]])
+    # b_dec, of the output's width, is not subtracted: pre = (2 - 1 + .5, 0 - 4 + .5), f = (1.5, 0)
+    # x_hat = (1.5 * 2 + 3 + .25, 0 + 3 + 1) = (6.25, 4); the mean over the one output dim divides by 1
+    losses = dictionary.loss(x, target)
+    assert_close(losses.f, torch.tensor([[1.5], [0.0]]))
+    assert_close(losses.x_hat, torch.tensor([[6.25], [4.0]]))
+    assert_close(losses.total, torch.tensor((0.0625 + 1) / 2 + 0.5 * 0.75))
+    with pytest.raises(ValueError, match="needs the activations"):
+        dictionary.decode(losses.f)
+
+
+PLAIN = Moment(step=3, steps=10, sparsity=0.5)
+
+
+def fused(settings, moment=PLAIN):
+    stack = ReLU.init([settings], [torch.Generator().manual_seed(0)])
+    x = torch.randn(5, settings.d_in, generator=torch.Generator().manual_seed(1))
+    target = None if settings.d_out is None else torch.ones(5, settings.d_out)
+    return stack.fused_gradients(x, target, moment, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"d_out": 3},
+        {"d_out": 4},
+        {"d_out": 3, "skip": True},
+        {"error": "fvu"},
+        {"error": "l2"},
+        {"subtract_b_dec": False},
+    ],
+    ids=str,
+)
+def test_what_the_fused_step_cannot_say_falls_back_to_autograd(changes):
+    assert fused(ReLUSettings(4, 6, **changes)) is None
+
+
+def test_moments_that_the_fused_step_cannot_say_fall_back_to_autograd():
+    dead = torch.zeros(1, 6, dtype=torch.bool)
+    for revival in ("auxk", "ghost"):
+        assert fused(ReLUSettings(4, 6, dead_latents=revival), PLAIN._replace(dead=dead)) is None
+        assert fused(ReLUSettings(4, 6, dead_latents=revival)) is not None
+    assert fused(ReLUSettings(4, 6), PLAIN._replace(error=lambda x_hat: x_hat.sum())) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tied": True},
+        {"decoder": "free"},
+        {"decoder_bias": False},
+        {"decoder_bias": False, "subtract_b_dec": False},
+        {"l1_scaling": "mean"},
+        {"parts": (1, 3)},
+    ],
+    ids=str,
+)
+def test_plain_settings_have_a_fused_step(changes):
+    assert fused(ReLUSettings(4, 6, **changes)) is not None
 
 
 def test_a_converted_coefficient_gives_a_proportional_loss():
@@ -75,7 +153,7 @@ def test_atoms_have_unit_norm_after_a_step(generator):
     dictionary = ReLU.init([ReLUSettings(4, 6)] * 2, [generator, generator])
     with torch.no_grad():
         dictionary.W_dec.mul_(3)
-    dictionary.constrain_()
+    dictionary.constrain_(dictionary.tensors())
     assert_close(dictionary.W_dec.norm(dim=-1), torch.ones(2, 6))
 
 

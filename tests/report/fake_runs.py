@@ -76,7 +76,7 @@ def _toy_record(l1: float, ratio: float, seed: int, n_features: int, largest: bo
         "l1_coefficient": l1,
         "lr": 1e-3,
         "seed": seed,
-        "settings": {"d_sae": d_sae, "l1_coefficient": l1},
+        "settings": {"d_sae": d_sae, "l1_coefficient": l1, "l1_scaling": "toy-2023"},
         "metrics": {
             "mmcs": mmcs,
             "fraction_above_0.9": float(found.mean()),

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from sparse_coding.report.canvas import canvas, page_svg, place, save
+from sparse_coding.report.frontier import frontier
 from sparse_coding.report.heatmaps import Grid, Scale, cell_text, edge_positions, heat_map
-from sparse_coding.report.pictures import Curve, Panel, frontier, histograms
+from sparse_coding.report.pictures import Curve, Panel, histograms
 
 
 @pytest.mark.parametrize(

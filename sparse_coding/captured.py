@@ -1,0 +1,207 @@
+"""The first stage of run.py: models, the text they read, and their activations as one stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparse_coding.activations.capture import capture as captured_activations
+from sparse_coding.activations.end_to_end import EndToEndStream
+from sparse_coding.activations.models import LanguageModel, cut_padding, load_model
+from sparse_coding.activations.paired import JoinedStream, PairedStream
+from sparse_coding.activations.sites import resolve_all, site_name
+from sparse_coding.activations.stream import ActivationStream
+from sparse_coding.activations.tokenizers import load_tokenizer
+from sparse_coding.activations.tokens import Contexts, contexts
+from sparse_coding.dictionaries.normalise import joined
+from sparse_coding.errors import UserError
+from sparse_coding.formats.saelens import Normalised
+from sparse_coding.run_settings import RunSettings
+from sparse_coding.sweep_flags import END_TO_END
+from sparse_coding.training.stream import NormalisedStream, Stream
+from sparse_coding.training.sweep import Member
+from sparse_coding.training.trainer import StepError
+
+DEFAULT_CONTEXT = 256
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site of the stream lies: the model and the site's name there."""
+
+    model: LanguageModel
+    site: str
+
+
+@dataclass
+class Captured:
+    """A model, the text it reads, and its activations as a stream."""
+
+    model: LanguageModel
+    tokenizer: Any
+    places: dict[str, Place]
+    """Every site of the stream that is captured, by its name in the stream."""
+    train: Contexts
+    held_out: Contexts
+    source: ActivationStream | EndToEndStream | PairedStream
+    normalised: NormalisedStream
+    stream: Stream
+    """What is trained on: the source, normalised, with the sites of a crosscoder joined."""
+    targets: dict[str, str] = field(default_factory=dict)
+    """Input site -> target site, for transcoders."""
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    """Joined site -> the sites side by side in it, for crosscoders."""
+
+    @property
+    def trained_sites(self) -> list[str]:
+        """Sites that dictionaries encode."""
+        return list(self.parts or self.targets or self.places)
+
+    @property
+    def trained_widths(self) -> dict[str, int]:
+        """Widths of those, and of the targets."""
+        widths = self.stream.widths
+        return {site: widths[site] for site in (*self.trained_sites, *self.targets.values())}
+
+    @property
+    def part_widths(self) -> dict[str, list[int]]:
+        return {name: [self.stream.widths[site] for site in sites] for name, sites in self.parts.items()}
+
+    def at_inference(self, member: Member) -> Normalised:
+        """What training did to the activations a member reads and predicts."""
+        maps = self.normalised.maps
+        before = joined([maps[site] for site in self.parts.get(member.site, [member.site])])
+        after = maps[member.target] if member.target else before
+        return Normalised(before, after, self.normalised.row_norm)
+
+    def end_to_end(self) -> StepError | None:
+        """What the language model loses, where that is what dictionaries are trained on."""
+        source = self.source
+        if not isinstance(source, EndToEndStream):
+            return None
+        return lambda step, site: source.error(step, site, self.normalised.undo(site, step))
+
+    def inputs(self, tokens: Tensor, site: str) -> Float[Tensor, "B S d_in"]:
+        """Raw activations of tokens at a site of the stream, joined ones included."""
+        sites = self.parts.get(site, [site])
+        found = []
+        for model in dict.fromkeys(self.places[one].model for one in sites):
+            there = {name: place.site for name, place in self.places.items() if place.model is model and name in sites}
+            captured = captured_activations(model, tokens, list(there.values()))
+            found += [(name, captured[there[name]].to(self.model.device)) for name in there]
+        rows = dict(found)
+        return torch.cat([rows[one].float() for one in sites], dim=-1)
+
+
+def capture(settings: RunSettings) -> Captured:
+    """Load the model, tokenize the text, and set up the stream of activations; nothing is trained yet."""
+    flags = settings.model
+    model = load_model(flags.model, device=flags.device, dtype=flags.model_dtype, gelu=flags.gelu)
+    names = list(flags.sites) or [site_name(model, layer, flags.location) for layer in flags.layer]
+    targets = target_sites(settings, model, names)
+    captured_sites = list(dict.fromkeys([*names, *targets.values()]))
+    resolve_all(model, captured_sites)  # a wrong name is an error before any text is read
+    tokenizer = load_tokenizer(flags.tokenizer or model.path)
+    if flags.tokenizer or model.from_nanogpt:
+        cut_padding(model, tokenizer)
+    text, context = settings.text_settings(), context_length(settings, model)
+    wanted = settings.steps * settings.training.batch_size
+
+    def packed(part: Any, tokens: int) -> Contexts:
+        special = settings.text.exclude_special
+        return contexts(text, tokenizer, part=part, context=context, max_tokens=tokens, exclude_special=special)
+
+    training, kept = packed("train", wanted), packed("held_out", max(settings.eval_rows, settings.splice_tokens))
+    source = open_source(settings, model, training, captured_sites)
+    places = {site: Place(model, site) for site in captured_sites}
+    if flags.also_model:
+        source, places = with_other_models(settings, source, training, names)
+    normalised = NormalisedStream(source, settings.sweep.normalise)
+    stream: Stream = normalised
+    parts = {}
+    if flags.crosscoder:
+        if len(places) < 2:
+            raise UserError(
+                f"--crosscoder needs several sites, {next(iter(places))} is one: "
+                "give more layers or sites, or --also-model"
+            )
+        parts = {"+".join(places): list(places)}
+        stream = JoinedStream(normalised, "+".join(places), list(places))
+    return Captured(model, tokenizer, places, training, kept, source, normalised, stream, targets, parts)
+
+
+def target_sites(settings: RunSettings, model: LanguageModel, names: list[str]) -> dict[str, str]:
+    """Input site -> target site of the transcoders, none where none are asked for."""
+    flags = settings.model
+    if flags.target_location:
+        if flags.sites:
+            raise UserError("--target-location goes with --layer and --location: with --sites give --target-sites")
+        found = {
+            name: site_name(model, layer, flags.target_location) for name, layer in zip(names, flags.layer, strict=True)
+        }
+    else:
+        found = dict(zip(names, flags.target_sites, strict=False))
+    for name, target in found.items():
+        if name == target:
+            raise UserError(f"a transcoder from {name} to itself is an autoencoder: leave the target out")
+    return found
+
+
+def context_length(settings: RunSettings, model: LanguageModel) -> int:
+    """Tokens per context."""
+    context = settings.text.context
+    if context is None:
+        context = min(DEFAULT_CONTEXT, model.max_positions or DEFAULT_CONTEXT)
+    if model.max_positions is not None and context > model.max_positions:
+        raise UserError(f"--context is {context}: {settings.model.model} takes at most {model.max_positions} tokens")
+    return context
+
+
+def open_source(
+    settings: RunSettings, model: LanguageModel, training: Contexts, sites: list[str]
+) -> ActivationStream | EndToEndStream:
+    """The stream of raw activations: shuffled rows, or whole contexts where the loss is end to end."""
+    rows, loss = settings.training, settings.sweep.loss
+    if loss not in END_TO_END:
+        return ActivationStream(
+            model, training, sites, batch_size=rows.batch_size, buffer_rows=rows.buffer_rows, seed=rows.data_seed
+        )
+    context = training.tokens.shape[1]
+    if rows.batch_size % context:
+        raise UserError(
+            f"--loss {loss} trains on whole contexts: --batch-size is {rows.batch_size}, it must be a multiple of the "
+            f"context of {context} tokens (--context sets that)"
+        )
+    per_batch = rows.batch_size // context
+    return EndToEndStream(
+        model, training, sites, loss="ce" if loss == "ce" else "kl", contexts_per_batch=per_batch, seed=rows.data_seed
+    )
+
+
+def with_other_models(
+    settings: RunSettings, first: ActivationStream | EndToEndStream, training: Contexts, names: list[str]
+) -> tuple[PairedStream, dict[str, Place]]:
+    """The same sites of further models beside those of the first, each under `MODEL/SITE`."""
+    assert isinstance(first, ActivationStream)
+    flags = settings.model
+    streams = {short_name(flags.model): first}
+    for name in flags.also_model:
+        model = load_model(name, device=flags.device, dtype=flags.model_dtype, gelu=flags.gelu)
+        key = short_name(name)
+        if key in streams:
+            key = f"{key}-{len(streams) + 1}"
+        stream = open_source(settings, model, training, names)
+        assert isinstance(stream, ActivationStream)
+        streams[key] = stream
+    places = {f"{key}/{name}": Place(stream.model, name) for key, stream in streams.items() for name in names}
+    return PairedStream(streams), places
+
+
+def short_name(model: str) -> str:
+    """A model's name or folder, without the path."""
+    return Path(model).resolve().name if Path(model).exists() else model.rsplit("/", 1)[-1]

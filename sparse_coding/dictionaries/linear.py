@@ -1,0 +1,356 @@
+"""What most architectures share: a linear encoder and a linear decoder around codes that each makes in its own way.
+
+    pre = (x - b_dec) W_enc + b_enc        f = the architecture's own        x_hat = f W_dec + b_dec
+
+The same class is an autoencoder (x_hat meets x), a transcoder (it meets the activations of another site, of width
+d_out; b_dec is then not subtracted; arXiv 2406.11944), a skip transcoder (x_hat also gets x W_skip^T; arXiv
+2501.18823) and a crosscoder (x holds several sites or models side by side, `parts` their widths; an atom's norm is the
+sum of its norms at each; Lindsey et al., transformer-circuits, October 2024).
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparse_coding.dictionaries.base import DictionarySettings, Losses, Moment, Sample, TrainableDictionary
+from sparse_coding.dictionaries.normalise import Affine
+from sparse_coding.dictionaries.objective import ErrorKind, auxk_error, ghost_error, reconstruction_error
+from sparse_coding.dictionaries.start import BiasInit, Init, initial_bias, initial_weights
+from sparse_coding.errors import UserError
+
+Decoder = Literal["unit", "free"]
+DeadLatents = Literal["none", "auxk", "ghost"]
+RESTARTED_NORM = 0.2
+"""Length of a restarted encoder column, in mean lengths of the living ones (Bricken et al. 2023)."""
+
+
+@dataclass(frozen=True)
+class LinearSettings(DictionarySettings):
+    """Settings that every architecture with a linear encoder and decoder has."""
+
+    d_out: int | None = None
+    """Width of the target, for a transcoder; None for an autoencoder."""
+    skip: bool = False
+    """Add x W_skip^T to x_hat (transcoders only)."""
+    parts: tuple[int, ...] = ()
+    """Widths of the sites that lie side by side in x, for a crosscoder."""
+    tied: bool = False
+    """W_enc is the transpose of W_dec."""
+    decoder_bias: bool = True
+    """Learn b_dec, added after the decoder."""
+    subtract_b_dec: bool = True
+    """Subtract b_dec before the encoder too (autoencoders only)."""
+    decoder: Decoder = "unit"
+    """unit: atoms are kept at norm 1. free: they are not."""
+    remove_parallel_gradient: bool = True
+    """Drop from a unit atom's gradient the part along the atom, which re-normalisation would undo anyway."""
+    error: ErrorKind = "mse"
+    """How the distance to the target is measured: mse, fvu, l2 (see objective.py)."""
+    init: Init = "transpose"
+    """Initial weights: transpose, orthogonal, kaiming, data, zero, toy-2023 (see start.py)."""
+    init_norm: float = 1.0
+    """Length of the initial encoder columns, and of the initial atoms where the decoder is free."""
+    b_dec_init: BiasInit = "zero"
+    """Initial b_dec: zero, mean, geometric-median."""
+    dead_latents: DeadLatents = "none"
+    """What revives dead latents: none, auxk (they learn what the living ones leave), ghost (ghost gradients).
+    Resampling is the trainer's."""
+    auxk_coefficient: float = 1 / 32
+    """Weight of AuxK."""
+    k_aux: int | None = None
+    """Dead latents that AuxK lets take part at once; by default half of d_out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = (
+            ("decoder", Decoder),
+            ("error", ErrorKind),
+            ("init", Init),
+            ("b_dec_init", BiasInit),
+            ("dead_latents", DeadLatents),
+        )
+        for name, allowed in choices:
+            if getattr(self, name) not in get_args(allowed):
+                raise UserError(f"{name} is {getattr(self, name)!r}: allowed are {', '.join(get_args(allowed))}")
+        if self.d_out is not None and self.d_out < 1:
+            raise UserError(f"d_out is {self.d_out}: it must be at least 1")
+        if self.d_out is not None and (self.tied or self.parts):
+            word = "tied weights" if self.tied else "the parts of a crosscoder"
+            raise UserError(
+                f"{word} need the target to be the input, but d_out names another: leave one of the two out"
+            )
+        if self.skip and self.d_out is None:
+            raise UserError("a skip connection would let an autoencoder copy its input: it needs d_out, a transcoder")
+        if self.parts and sum(self.parts) != self.d_in:
+            raise UserError(
+                f"the parts {self.parts} add up to {sum(self.parts)}, the width of the input is {self.d_in}"
+            )
+        if self.tied and self.init in ("toy-2023", "kaiming", "zero"):
+            raise UserError(
+                f"init {self.init} draws encoder and decoder apart, which tied weights cannot: use transpose"
+            )
+        if self.init == "zero" and self.decoder == "unit":
+            raise UserError("init zero starts with atoms of norm 0, which a unit decoder cannot have: use decoder free")
+        if not self.decoder_bias and self.b_dec_init != "zero":
+            raise UserError(
+                f"b_dec_init {self.b_dec_init} needs a bias, but decoder_bias is off: leave one of them out"
+            )
+        require_weight("auxk_coefficient", self.auxk_coefficient)
+        require_weight("init_norm", self.init_norm)
+        if self.k_aux is not None and self.k_aux < 1:
+            raise UserError(f"k_aux is {self.k_aux}: it must be at least 1")
+
+    @property
+    def target_width(self) -> int:
+        return self.d_in if self.d_out is None else self.d_out
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether the encoder sees x - b_dec."""
+        return self.decoder_bias and self.subtract_b_dec and self.d_out is None
+
+
+def require_weight(name: str, value: float) -> None:
+    """Raise UserError unless the weight of a term is a number of at least 0."""
+    if not (value >= 0 and math.isfinite(value)):
+        raise UserError(f"the {words(name)} is {value}: it must be 0 or a positive number")
+
+
+def words(name: str) -> str:
+    """A setting's name in prose: l1_coefficient is the L1 coefficient."""
+    return " ".join(word.upper() if word in ("l0", "l1") else word for word in name.split("_"))
+
+
+class LinearDictionary(TrainableDictionary):
+    """The shared half of an architecture. Its own file adds settings, its codes and its loss."""
+
+    settings: LinearSettings
+    latent_axes: ClassVar[Mapping[str, int]] = {"W_enc": -1, "b_enc": -1, "W_dec": -2}
+    nonnegative: ClassVar[tuple[str, ...]] = ()
+    """Parameters that are set back to 0 where a step leaves them below."""
+    W_enc: Float[Tensor, "... d_in d_sae"]
+    b_enc: Float[Tensor, "... d_sae"]
+    W_dec: Float[Tensor, "... d_sae d_out"]
+    b_dec: Float[Tensor, "... d_out"]
+    W_skip: Float[Tensor, "... d_out d_in"]
+    auxk_coefficient: Float[Tensor, "..."]
+
+    # ---- what an architecture adds
+
+    @classmethod
+    def own_values(cls, settings: Any) -> dict[str, Tensor]:
+        """Initial values of one member beside W_enc, b_enc, W_dec, b_dec, W_skip; also of a restarted latent."""
+        return {}
+
+    def inference_values(
+        self, values: Mapping[str, Tensor], shift: Float[Tensor, "... d_sae"] | float
+    ) -> dict[str, Tensor]:
+        """What `encode` needs beside W_enc, W_dec and b_dec, once `shift` is to be added to x W_enc."""
+        return {"b_enc": values["b_enc"] + shift}
+
+    @property
+    @abc.abstractmethod
+    def saelens_architecture(self) -> dict[str, Any]:
+        """`architecture` and its own entries in a SAELens cfg.json, for an autoencoder."""
+
+    # ---- the maps
+
+    @property
+    def atoms(self) -> Float[Tensor, "... d_sae d_out"]:
+        return self.W_dec
+
+    @property
+    def encoder(self) -> Float[Tensor, "... d_in d_sae"]:
+        return self.W_dec.mT if self.settings.tied else self.W_enc
+
+    compares_latents: ClassVar[bool] = False
+    """Whether latents compete for a place, so that the norms of free atoms decide too."""
+
+    @property
+    def norms(self) -> Float[Tensor, "... d_sae"]:
+        """Norms of the atoms; for a crosscoder the sum of the norms at each site."""
+        parts = self.W_dec.split(list(self.settings.parts) or [self.W_dec.shape[-1]], dim=-1)
+        return torch.stack([part.norm(dim=-1) for part in parts]).sum(0)
+
+    def pre_activations(self, x: Float[Tensor, "... B d_in"]) -> Float[Tensor, "... B d_sae"]:
+        return self.projected(x) + self.b_enc.unsqueeze(-2)
+
+    def projected(self, x: Float[Tensor, "... B d_in"]) -> Float[Tensor, "... B d_sae"]:
+        """The encoder's product alone, without its bias."""
+        if self.settings.subtracts:
+            x = x - self.b_dec.unsqueeze(-2)
+        return x @ self.encoder
+
+    def ranked(self, pre: Float[Tensor, "... B d_sae"]) -> Float[Tensor, "... B d_sae"]:
+        """What latents are compared by: what each would add to x_hat, that is pre times the norm of its atom."""
+        scores = pre.detach()
+        return scores if self.settings.decoder == "unit" else scores * self.norms.detach().unsqueeze(-2)
+
+    def decode(
+        self, f: Float[Tensor, "... B d_sae"], x: Float[Tensor, "... B d_in"] | None = None
+    ) -> Float[Tensor, "... B d_out"]:
+        return f @ self.W_dec + self.without_latents(x)
+
+    def without_latents(self, x: Float[Tensor, "... B d_in"] | None) -> Float[Tensor, "... B d_out"]:
+        """x_hat of codes that are all zero: b_dec, and what a skip transcoder passes around the codes."""
+        bias = self.b_dec if self.settings.decoder_bias else self.W_dec.new_zeros(self.W_dec.shape[-1])
+        bias = bias.unsqueeze(-2)
+        if not self.settings.skip:
+            return bias
+        if x is None:
+            raise ValueError("a skip transcoder needs the activations to decode: decode(f, x)")
+        return bias + x @ self.W_skip.mT
+
+    # ---- the loss
+
+    def error(
+        self, x_hat: Float[Tensor, "... B d_out"], target: Float[Tensor, "B d_out"], moment: Moment
+    ) -> Float[Tensor, "..."]:
+        """The settings' reconstruction error, or the moment's own."""
+        return moment.error(x_hat) if moment.error else reconstruction_error(x_hat, target, self.settings.error)
+
+    def finish(
+        self,
+        total: Float[Tensor, "..."],
+        terms: Mapping[str, Tensor],
+        pre: Float[Tensor, "... B d_sae"],
+        f: Float[Tensor, "... B d_sae"],
+        x_hat: Float[Tensor, "... B d_out"],
+        target: Float[Tensor, "B d_out"],
+        moment: Moment,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> Losses:
+        """The losses of a step: the squared error as a term, and what revives dead latents added to the total."""
+        found = {"squared_error": (target - x_hat).square().sum(-1).mean(-1), **terms}
+        settings = self.settings
+        if moment.dead is not None and settings.dead_latents == "auxk":
+            k_aux = settings.k_aux or max(1, settings.target_width // 2)
+            found["auxk"] = auxk_error(pre, target - x_hat, self.W_dec, moment.dead, k_aux)
+            total = total + self.auxk_coefficient * found["auxk"]
+        elif moment.dead is not None and settings.dead_latents == "ghost":
+            found["ghost"] = ghost_error(pre, x_hat, target, self.W_dec, moment.dead)
+            total = total + found["ghost"]
+        return Losses(total, found, f, x_hat, state or {})
+
+    # ---- the start
+
+    @classmethod
+    def needs_sample(cls, settings: LinearSettings) -> bool:
+        return settings.init in ("data", "zero") or settings.b_dec_init != "zero"
+
+    @classmethod
+    def initial(
+        cls, settings: LinearSettings, generator: torch.Generator, sample: Sample | None = None
+    ) -> dict[str, Tensor]:
+        d_in, d_out = settings.d_in, settings.target_width
+        b_dec = initial_bias(settings.b_dec_init, sample and sample.target, d_out)
+        W_enc, b_enc, W_dec = initial_weights(
+            settings.init, d_in, d_out, settings.d_sae, settings.init_norm, settings.d_out is not None,
+            generator, sample, b_dec,
+        )  # fmt: skip
+        values = {"W_dec": W_dec}
+        if not settings.tied:
+            values["W_enc"] = W_enc
+        if "b_enc" in cls.latent_axes:
+            values["b_enc"] = b_enc
+        if settings.decoder_bias:
+            values["b_dec"] = b_dec
+        if settings.skip:
+            values["W_skip"] = torch.zeros(d_out, d_in)
+        values |= cls.own_values(settings)
+        if settings.decoder == "unit":
+            normalise_rows_(values["W_dec"])
+        return values
+
+    @torch.no_grad()
+    def restart_(self, latents: Tensor, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"]) -> None:
+        """Point atom i along target row i and its encoder column along x row i; everything else as at the start.
+
+        Atoms get the mean norm of the living ones (1 where they are kept there), encoder columns 0.2 of theirs.
+        """
+        living = torch.ones(self.d_sae, dtype=torch.bool, device=latents.device)
+        living[latents] = False
+        if not living.any():
+            living[:] = True
+        length = 1.0 if self.settings.decoder == "unit" else self.W_dec[living].norm(dim=1).mean()
+        self.W_dec[latents] = length * torch.nn.functional.normalize(target, dim=1)
+        if not self.settings.tied:
+            length = RESTARTED_NORM * self.W_enc[:, living].norm(dim=0).mean()
+            self.W_enc[:, latents] = length * torch.nn.functional.normalize(x, dim=1).T
+        own = self.own_values(self.settings)
+        for name in self.latent_axes:
+            if name not in ("W_enc", "W_dec"):
+                getattr(self, name)[latents] = own[name].to(x)[0] if name in own else 0.0
+
+    # ---- what the trainer does around a step
+
+    def constrain_gradients_(self, gradients: Mapping[str, Tensor]) -> None:
+        if self.settings.decoder == "unit" and self.settings.remove_parallel_gradient:
+            atoms, gradient = self.W_dec.detach(), gradients["W_dec"]
+            gradient.addcmul_(atoms, (atoms * gradient).sum(-1, keepdim=True), value=-1)
+
+    @torch.no_grad()
+    def constrain_(self, values: Mapping[str, Tensor]) -> None:
+        if self.settings.decoder == "unit":
+            normalise_rows_(values["W_dec"])
+        for name in self.nonnegative:
+            values[name].clamp_(min=0)
+
+    # ---- saving
+
+    def to_inference(self, before: Affine | None = None, after: Affine | None = None) -> LinearDictionary:
+        values, settings = {**self.tensors(), **self.state()}, self.settings
+        encoder, W_dec = self.encoder.detach(), values["W_dec"]
+        b_dec = values["b_dec"] if settings.decoder_bias else torch.zeros_like(W_dec[..., 0, :])
+        skip = values["W_skip"].mT if settings.skip else None
+        if self.compares_latents and settings.decoder == "free":
+            norms = self.norms.detach()
+            encoder, W_dec = encoder * norms.unsqueeze(-2), W_dec / norms.clamp_min(1e-12).unsqueeze(-1)
+            values = {**values, "b_enc": values["b_enc"] * norms}
+        shift: Tensor | float = 0.0
+        if before is not None:
+            encoder = before.before(encoder)
+            if not settings.subtracts:  # else the shift comes in through b_dec
+                shift = -(before.shift.to(encoder) @ encoder)
+            skip = None if skip is None else before.before(skip)
+        if after is not None:
+            W_dec, b_dec = after.after(W_dec), after.undo(b_dec)
+            skip = None if skip is None else after.after(skip)
+        tensors = {"W_enc": encoder, "W_dec": W_dec, **self.inference_values(values, shift)}
+        if skip is not None:
+            tensors["W_skip"] = skip.mT
+            if before is not None:
+                b_dec = b_dec - before.shift.to(skip) @ skip
+        tensors["b_dec"] = b_dec
+        at_rest = replace(
+            settings, tied=False, decoder_bias=True, subtract_b_dec=settings.subtracts, decoder="unit",
+            init="transpose", b_dec_init="zero",
+        )  # fmt: skip
+        copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+        return type(self).single(at_rest, copies)
+
+    def saelens_config(self) -> dict[str, Any]:
+        """Transcoders that SAELens knows get its names; what it does not know gets a name it refuses."""
+        settings, own = self.settings, dict(self.saelens_architecture)
+        if settings.parts:
+            own["architecture"] = f"crosscoder_{own['architecture']}"
+        elif settings.d_out is not None:
+            kind = "skip_transcoder" if settings.skip else "transcoder"
+            prefix = {"standard": "", "jumprelu": "jumprelu_"}
+            own["architecture"] = prefix.get(own["architecture"], own["architecture"] + "_") + kind
+            own["d_out"] = settings.d_out
+        return {**own, "apply_b_dec_to_input": settings.subtracts}
+
+
+def normalise_rows_(rows: Float[Tensor, "... n d"]) -> None:
+    """Rows to unit norm in place; a zero row stays zero."""
+    norms = rows.norm(dim=-1, keepdim=True)
+    rows.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))

@@ -1,0 +1,122 @@
+"""The Matryoshka dictionary: nested prefixes of the latents, each of which must reconstruct on its own.
+
+    loss = sum over prefixes m of E ||x - (f_1..m W_dec_1..m + b_dec)||^2 + auxk_coefficient AuxK
+
+with f as in BatchTopK, chosen once over all latents. What the first latents explain alone stays with them, so that
+later ones split general features instead of absorbing them.
+
+prefixes  fixed   they end where `group_fractions`, which sum to 1, add up to
+          random  `n_prefixes` ends drawn at every step from P(m) ~ m^(-1 - prefix_exponent), the last always d_sae
+
+Source: Bussmann et al., arXiv 2503.17547 (a sum, as there and in SAELens; dictionary_learning divides by the number of
+prefixes twice). Random prefixes: Nabeshima, "Matryoshka sparse autoencoders" (2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, final, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparse_coding.dictionaries.base import SETTLED, Losses, Moment, stop_gradient
+from sparse_coding.dictionaries.linear import DeadLatents, LinearDictionary, LinearSettings
+from sparse_coding.dictionaries.selection import (
+    following_threshold,
+    group_ends,
+    largest_of_batch,
+    random_ends,
+    require_k,
+    warmed_up,
+)
+from sparse_coding.errors import UserError
+
+Prefixes = Literal["fixed", "random"]
+
+
+@dataclass(frozen=True)
+class MatryoshkaSettings(LinearSettings):
+    """Settings of one Matryoshka dictionary on BatchTopK."""
+
+    k: float = 32
+    """Mean number of latents active in a row."""
+    prefixes: Prefixes = "fixed"
+    """fixed, or random: drawn anew at every step."""
+    group_fractions: tuple[float, ...] = (0.0625, 0.0625, 0.125, 0.25, 0.5)
+    """Shares of the latents that each fixed prefix adds; they sum to 1."""
+    n_prefixes: int = 10
+    """How many random prefixes, the whole among them."""
+    prefix_exponent: float = 0.5
+    """How strongly random prefixes prefer to be short."""
+    dead_latents: DeadLatents = "auxk"
+
+    per_member: ClassVar[tuple[str, ...]] = ("k", "auxk_coefficient")
+    named: ClassVar[tuple[str, ...]] = ("k",)
+    default_grid: ClassVar[Mapping[str, tuple[float, ...]]] = {"k": (8, 16, 32, 64)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_k(self.k, self.d_sae)
+        if self.prefixes not in get_args(Prefixes):
+            raise UserError(f"prefixes is {self.prefixes!r}: allowed are {', '.join(get_args(Prefixes))}")
+        if self.prefixes == "fixed":
+            group_ends(self.group_fractions, self.d_sae)
+        elif self.n_prefixes < 1:
+            raise UserError(f"n_prefixes is {self.n_prefixes}: it must be at least 1")
+
+
+@final
+class Matryoshka(LinearDictionary):
+    """BatchTopK whose prefixes reconstruct too."""
+
+    Settings = MatryoshkaSettings
+    settings: MatryoshkaSettings
+    compares_latents = True
+    state_names = ("threshold",)
+    k: Float[Tensor, "..."]
+    threshold: Float[Tensor, "... d_sae"]
+
+    @classmethod
+    def own_values(cls, settings: MatryoshkaSettings) -> dict[str, Tensor]:
+        return {"threshold": torch.zeros(settings.d_sae)}
+
+    def encode(self, x: Float[Tensor, "... B d_in"]) -> Float[Tensor, "... B d_sae"]:
+        pre = self.pre_activations(x)
+        return torch.where(pre > self.threshold.unsqueeze(-2), torch.relu(pre), 0.0)
+
+    def ends(self, step: int) -> list[int]:
+        """Where the prefixes of this step end. Random ones are a function of the step, the same for all members."""
+        settings = self.settings
+        if settings.prefixes == "fixed":
+            return group_ends(settings.group_fractions, settings.d_sae)
+        generator = torch.Generator().manual_seed(step)
+        return random_ends(settings.n_prefixes, settings.d_sae, settings.prefix_exponent, generator)
+
+    def loss(
+        self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None = None, moment: Moment = SETTLED
+    ) -> Losses:
+        target = x if target is None else target
+        settings = self.settings
+        k = warmed_up(self.k, moment.sparsity, settings.d_in, settings.d_sae)
+        most = self.largest["k"] if moment.sparsity >= 1 else settings.d_sae
+        pre = self.pre_activations(x)
+        f = torch.where(largest_of_batch(self.ranked(pre), k, most), torch.relu(pre), 0.0)
+        errors, first = [], 0
+        x_hat = self.without_latents(x)
+        for end in self.ends(moment.step):
+            x_hat = x_hat + f[..., first:end] @ self.W_dec[..., first:end, :]
+            errors.append(self.error(x_hat, target, moment))
+            first = end
+        total = torch.stack(errors).sum(0)
+        state = {"threshold": following_threshold(self.threshold, stop_gradient(f), moment.step)}
+        return self.finish(total, {"shortest_prefix": errors[0]}, pre, f, x_hat, target, moment, state)
+
+    def inference_values(self, values: Mapping[str, Tensor], shift: Tensor | float) -> dict[str, Tensor]:
+        return {"b_enc": values["b_enc"] + shift, "threshold": values["threshold"]}
+
+    @property
+    def saelens_architecture(self) -> dict[str, Any]:
+        return {"architecture": "jumprelu"}

@@ -1,0 +1,102 @@
+"""Which latents of a row, or of a whole batch, are kept: the masks of the TopK family, k per member."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sparse_coding.errors import UserError
+
+START = 10
+"""k warm-up starts from ten times d_in latents, or from all where there are fewer (sparsify)."""
+
+
+def require_k(k: float, d_sae: int) -> None:
+    """Raise UserError unless 1 <= k <= d_sae."""
+    if not 1 <= k <= d_sae:
+        raise UserError(f"k is {k:g}, but the dictionary has {d_sae} latents: k must lie between 1 and {d_sae}")
+
+
+def warmed_up(k: Float[Tensor, "..."], sparsity: float, d_in: int, d_sae: int) -> Float[Tensor, "..."]:
+    """k on its way from min(d_sae, 10 d_in) down to itself, as `sparsity` goes from 0 to 1."""
+    return k if sparsity >= 1 else k + (min(d_sae, START * d_in) - k).clamp(min=0) * (1 - sparsity)
+
+
+def largest_per_row(
+    scores: Float[Tensor, "... B d_sae"], k: Float[Tensor, "..."], most: int
+) -> Bool[Tensor, "... B d_sae"]:
+    """True at the round(k) largest scores of each row; `most` is at least the largest k of all members."""
+    index = scores.topk(most, dim=-1).indices
+    kept = torch.arange(most, device=scores.device) < k.round()[..., None, None]
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter(-1, index, kept.expand_as(index))
+
+
+def largest_per_group(
+    scores: Float[Tensor, "... B d_sae"], k: Float[Tensor, "..."], most: int
+) -> Bool[Tensor, "... B d_sae"]:
+    """GroupMax: the latents are cut into round(k) runs of equal length (but for rounding); True at each run's best."""
+    d_sae = scores.shape[-1]
+    place = torch.arange(d_sae, device=scores.device)
+    group = (place * k.round()[..., None] / d_sae).long()  # [... d_sae]
+    groups = group.unsqueeze(-2).expand(scores.shape)
+    best = torch.full((*scores.shape[:-1], most), -torch.inf, dtype=scores.dtype, device=scores.device)
+    best = best.scatter_reduce(-1, groups, scores.detach(), "amax")
+    return scores == best.gather(-1, groups)
+
+
+def largest_of_batch(
+    scores: Float[Tensor, "... B d_sae"], k: Float[Tensor, "..."], most: float
+) -> Bool[Tensor, "... B d_sae"]:
+    """True at the int(k B) largest scores of each member's whole batch; ties with the last one kept are kept too."""
+    rows = scores.shape[-2]
+    flat = scores.detach().flatten(-2)
+    count = (k * rows).long().clamp(1, flat.shape[-1])
+    values = flat.topk(min(int(most * rows), flat.shape[-1]), dim=-1).values
+    last = values.gather(-1, (count - 1).unsqueeze(-1))
+    return scores >= last.unsqueeze(-1)
+
+
+def smallest_kept(f: Float[Tensor, "... B d_sae"]) -> Float[Tensor, "..."]:
+    """The smallest positive code of each member's batch; infinity where none is positive."""
+    return torch.where(f > 0, f, torch.inf).flatten(-2).amin(-1)
+
+
+def group_ends(fractions: tuple[float, ...], d_sae: int) -> list[int]:
+    """Where each group of a nested dictionary ends, from shares of its latents that sum to 1."""
+    if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        shown = ", ".join(f"{share:g}" for share in fractions)
+        raise UserError(
+            f"the group fractions ({shown}) sum to {sum(fractions):g}: they are shares of the latents, "
+            "each above 0, that must sum to 1, such as 0.125,0.125,0.25,0.5"
+        )
+    ends, total = [], 0.0
+    for share in fractions:
+        total += share
+        ends.append(round(total * d_sae))
+    if len(set(ends)) < len(ends) or ends[0] < 1:
+        raise UserError(f"{len(ends)} groups of {d_sae} latents leave some group empty: give fewer or larger fractions")
+    ends[-1] = d_sae
+    return ends
+
+
+def random_ends(count: int, d_sae: int, exponent: float, generator: torch.Generator) -> list[int]:
+    """`count` ends of prefixes, the last d_sae, the others drawn without replacement from P(m) ~ m^(-1 - exponent)."""
+    weights = torch.arange(1, d_sae, dtype=torch.float64) ** (-1 - exponent)
+    drawn: Int[Tensor, " n"] = torch.multinomial(weights, min(count - 1, d_sae - 1), generator=generator) + 1
+    return [*sorted(drawn.tolist()), d_sae]
+
+
+DECAY = 0.99
+"""Of the running mean of the smallest code kept."""
+
+
+def following_threshold(
+    threshold: Float[Tensor, "... d_sae"], f: Float[Tensor, "... B d_sae"], step: int
+) -> Float[Tensor, "... d_sae"]:
+    """The running mean after step `step` (from 0), weights 0.99^age that sum to 1, whatever the step."""
+    smallest = smallest_kept(f).unsqueeze(-1)
+    rate = (1 - DECAY) / (1 - DECAY ** (step + 1))
+    moved = threshold + rate * (smallest - threshold)
+    return torch.where(smallest.isfinite(), moved, threshold)

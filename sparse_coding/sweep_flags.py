@@ -1,0 +1,150 @@
+"""Which dictionaries are trained: the flags of a sweep, and the members they stand for."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sparse_coding.config import numbers, value_from_text
+from sparse_coding.dictionaries import ARCHITECTURES, architecture, require_setting, settings_of
+from sparse_coding.dictionaries.normalise import Normalisation
+from sparse_coding.errors import UserError, near
+from sparse_coding.training.sweep import Member, grid, require_distinct
+
+Loss = Literal["mse", "fvu", "l2", "ce", "kl"]
+END_TO_END = ("ce", "kl")
+
+
+@dataclass(frozen=True)
+class SweepFlags:
+    """Which dictionaries are trained: every combination, side by side on one stream."""
+
+    architecture: tuple[str, ...] = ("relu",)
+    """One or several of relu, relu-april, lp, gated, topk, batchtopk, matryoshka, jumprelu, matching-pursuit, or all.
+    docs/architectures has a page on each."""
+    l1: tuple[str, ...] = ()
+    """L1 coefficients (relu, relu-april, lp, gated): numbers, or logspace:FIRST:LAST:HOW_MANY in powers of ten; by
+    default 0.5 1 2 4 8."""
+    k: tuple[str, ...] = ()
+    """Active latents per row (topk, batchtopk, matryoshka, matching-pursuit); by default 8 16 32 64."""
+    l0: tuple[str, ...] = ()
+    """L0 coefficients (jumprelu); by default 0.25 0.5 1 2 4."""
+    target_l0: tuple[str, ...] = ()
+    """Mean numbers of active latents to aim at (jumprelu); by default none: the fewer the better."""
+    ratios: tuple[float, ...] = (1.0, 2.0, 4.0)
+    """Dictionary sizes as multiples of the width of the activations."""
+    lr: tuple[float, ...] = (2e-3,)
+    """Learning rates. Short runs gain from high ones; 1e-3 is that of 2023."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the dictionaries' initial values."""
+    set: tuple[str, ...] = ()
+    """Any other setting of the architectures, as NAME=VALUE, NAME=VALUE,VALUE (all of them) or ARCHITECTURE.NAME=VALUE:
+    selection=topk,abs topk.multi_topk=true bandwidth=0.01,0.1 prefixes=random group_fractions=0.25/0.25/0.5."""
+    tied: bool = False
+    """The encoder is the transposed decoder."""
+    decoder_bias: bool = True
+    """Learn a bias of the decoder."""
+    l1_scaling: Literal["sum", "mean", "toy-2023"] = "sum"
+    """Convention of relu's L1 coefficient. sum: squared error summed over dims + l1 * ||f||_1. mean: averaged over dims
+    instead. toy-2023: mean, and the penalty divided by the number of latents."""
+    loss: Loss = "mse"
+    """What reconstructions are judged by: mse (squared error, summed over dims), fvu, l2 (the norm itself), or end to
+    end ce (next-token cross-entropy of the model with the reconstruction in place) and kl (its KL from the model)."""
+    init: Literal["auto", "transpose", "orthogonal", "kaiming", "data", "zero", "toy-2023"] = "auto"
+    """Initial weights: encoder = decoder^T with random or orthogonal directions, or with rows of the data; kaiming;
+    zero (decoder 0, for transcoders with decoder=free)."""
+    b_dec_init: Literal["zero", "mean", "geometric-median"] = "zero"
+    """Initial decoder bias: zero, or the mean or geometric median of the first 32,768 rows."""
+    dead_latents: Literal["auto", "none", "auxk", "ghost", "resample"] = "auto"
+    """What revives dead latents: auxk, ghost gradients, resampling, none; auto: auxk for topk, batchtopk, matryoshka,
+    none for others. When a latent is dead is said by --dead-feature-window."""
+    normalise: Normalisation = "mean-norm"
+    """Of activations before training: none; mean-norm (times one number, to mean norm sqrt(d_in), so that settings
+    carry over between models) and whiten, which are folded into the saved dictionaries; unit-norm and layer-norm, row
+    by row."""
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            architecture(name)
+        for word in self.set:
+            self._setting(word)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The architectures."""
+        if not self.architecture:
+            raise UserError(f"--architecture is empty: give some of {', '.join(ARCHITECTURES)}")
+        return tuple(ARCHITECTURES) if self.architecture == ("all",) else self.architecture
+
+    def members(
+        self,
+        widths: Mapping[str, int],
+        targets: Mapping[str, str] | None = None,
+        parts: Mapping[str, Sequence[int]] | None = None,
+        skip: bool = False,
+    ) -> list[Member]:
+        """The grid of the flags, for every architecture, at every site; see `grid` for the arguments."""
+        choices = self._choices(skip)
+        members = []
+        for name in self.names:
+            own = choices[name]
+            varied = {field: values for field, values in own.items() if len(values) > 1}
+            shared = {field: values[0] for field, values in own.items() if len(values) == 1}
+            members += grid(name, widths, self.ratios, self.lr, self.seeds, varied, targets, parts, **shared)
+        require_distinct(members)
+        return members
+
+    def _choices(self, skip: bool) -> dict[str, dict[str, tuple[Any, ...]]]:
+        """Architecture -> setting -> its values. A flag that no chosen architecture takes is an error."""
+        found = {
+            name: {f: tuple(v) for f, v in architecture(name).Settings.default_grid.items()} for name in self.names
+        }
+
+        def choose(setting: str, values: tuple[Any, ...], names: Sequence[str] = self.names) -> None:
+            for name in require_setting(setting, names):
+                found[name][setting] = values
+
+        given = (("l1_coefficient", self.l1, "--l1"), ("k", self.k, "--k"), ("l0_coefficient", self.l0, "--l0"))
+        for setting, words, flag in (*given, ("target_l0", self.target_l0, "--target-l0")):
+            if words:
+                hint = typing.get_type_hints(architecture(require_setting(setting, self.names)[0]).Settings)[setting]
+                choose(setting, tuple(int(v) if hint is int and v == int(v) else v for v in numbers(words, flag)))
+        if self.target_l0 and not self.l0:
+            choose("l0_coefficient", (1.0,))
+        plain = {"tied": False, "decoder_bias": True, "l1_scaling": "sum", "init": "auto", "b_dec_init": "zero"}
+        for setting, default in plain.items():
+            if getattr(self, setting) != default:
+                choose(setting, (getattr(self, setting),))
+        if self.loss not in ("mse", *END_TO_END):
+            choose("error", (self.loss,))
+        if self.dead_latents == "resample":
+            for name in self.names:
+                if "dead_latents" in settings_of(name):
+                    choose("dead_latents", ("none",), [name])
+        elif self.dead_latents != "auto":
+            choose("dead_latents", (self.dead_latents,))
+        if skip:
+            choose("skip", (True,))
+        for word in self.set:
+            names, setting, values = self._setting(word)
+            choose(setting, values, names)
+        return found
+
+    def _setting(self, word: str) -> tuple[Sequence[str], str, tuple[Any, ...]]:
+        """(architectures, setting, values) of one word of --set."""
+        left, equals, right = word.partition("=")
+        owner, dot, setting = left.rpartition(".")
+        if not equals or not right or not setting:
+            raise UserError(f"--set {word!r}: write NAME=VALUE, NAME=VALUE,VALUE or ARCHITECTURE.NAME=VALUE")
+        if dot and owner not in self.names:
+            raise UserError(
+                f"--set {word!r}: {owner!r} is not among the architectures of this run "
+                f"({', '.join(self.names)}){near(owner, self.names)}"
+            )
+        taking = require_setting(setting, [owner] if dot else self.names)
+        if setting in ("d_in", "d_sae", "d_out", "parts"):
+            raise UserError(f"--set {word!r}: {setting} follows from the sites and --ratios, it cannot be set")
+        hint = typing.get_type_hints(architecture(taking[0]).Settings)[setting]
+        return taking, setting, tuple(value_from_text(hint, one, setting) for one in right.split(","))

@@ -1,0 +1,62 @@
+"""Adam and AdamW: torch's own fused kernels on the members' views, so a member is exactly `torch.optim`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+
+from sparse_coding.training.optimizers.base import Group, StackedOptimizer, views
+
+if TYPE_CHECKING:
+    from sparse_coding.training.optimizer import OptimizerSettings
+
+
+class Adam(StackedOptimizer):
+    """Kingma and Ba, arXiv 1412.6980, algorithm 1; weight decay is added to the gradient."""
+
+    moment_names = ("moment1", "moment2")
+    function: ClassVar[Callable[..., Any]] = staticmethod(adam)
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        lrs: Sequence[float],
+        settings: OptimizerSettings,
+        matrices: Collection[str] = (),
+    ):
+        super().__init__(parameters, lrs, settings, matrices)
+        # One count for each parameter of each member, on the device, as the fused kernels want them.
+        self.steps = {name: torch.zeros(len(lrs), device=value.device) for name, value in parameters.items()}
+        self.counts = {group.lr: views(self.steps, group.members) for group in self.groups}
+
+    def update(self, group: Group, gradients: list[Tensor], lr: float) -> None:
+        self.function(
+            group.parameters,
+            gradients,
+            group.moments["moment1"],
+            group.moments["moment2"],
+            [],
+            self.counts[group.lr],
+            fused=True,
+            amsgrad=False,
+            beta1=self.settings.beta1,
+            beta2=self.settings.beta2,
+            lr=lr,
+            weight_decay=self.settings.weight_decay,
+            eps=self.settings.eps,
+            maximize=False,
+        )
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return super().state() | {"steps": dict(self.steps)}
+
+
+class AdamW(Adam):
+    """Loshchilov and Hutter, arXiv 1711.05101: the weights shrink by the factor 1 - lr * weight_decay instead."""
+
+    function = staticmethod(adamw)
