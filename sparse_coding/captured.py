@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -109,18 +109,12 @@ def capture(settings: RunSettings) -> Captured:
     tokenizer = load_tokenizer(flags.tokenizer or model.path)
     if flags.tokenizer or model.from_nanogpt:
         cut_padding(model, tokenizer)
-    text, context = settings.text_settings(), context_length(settings, model)
-    wanted = settings.steps * settings.training.batch_size
-
-    def packed(part: Any, tokens: int) -> Contexts:
-        special = settings.text.exclude_special
-        return contexts(text, tokenizer, part=part, context=context, max_tokens=tokens, exclude_special=special)
-
-    training, kept = packed("train", wanted), packed("held_out", max(settings.eval_rows, settings.splice_tokens))
+    context = context_length(settings, model)
+    training, kept = (packed_text(settings, tokenizer, context, part) for part in ("train", "held_out"))
     source = open_source(settings, model, training, captured_sites)
     places = {site: Place(model, site) for site in captured_sites}
     if flags.also_model:
-        source, places = with_other_models(settings, source, training, names)
+        source, places = with_other_models(settings, source, names)
     normalised = NormalisedStream(source, settings.sweep.normalise)
     stream: Stream = normalised
     parts = {}
@@ -133,6 +127,15 @@ def capture(settings: RunSettings) -> Captured:
         parts = {"+".join(places): list(places)}
         stream = JoinedStream(normalised, "+".join(places), list(places))
     return Captured(model, tokenizer, places, training, kept, source, normalised, stream, targets, parts)
+
+
+def packed_text(settings: RunSettings, tokenizer: Any, context: int, part: Literal["train", "held_out"]) -> Contexts:
+    """The tokens of a part of the text, as many as the run needs of it."""
+    wanted = settings.steps * settings.training.batch_size
+    if part == "held_out":
+        wanted = max(settings.eval_rows, settings.splice_tokens)
+    special, text = settings.text.exclude_special, settings.text_settings()
+    return contexts(text, tokenizer, part=part, context=context, max_tokens=wanted, exclude_special=special)
 
 
 def target_sites(settings: RunSettings, model: LanguageModel, names: list[str]) -> dict[str, str]:
@@ -184,14 +187,18 @@ def open_source(
 
 
 def with_other_models(
-    settings: RunSettings, first: ActivationStream | EndToEndStream, training: Contexts, names: list[str]
+    settings: RunSettings, first: ActivationStream | EndToEndStream, names: list[str]
 ) -> tuple[PairedStream, dict[str, Place]]:
-    """The same sites of further models beside those of the first, each under `MODEL/SITE`."""
+    """The same sites of further models beside those of the first, each under `MODEL/SITE`.
+
+    Each reads the text through its own tokenizer; that all give the same tokens is checked.
+    """
     assert isinstance(first, ActivationStream)
-    flags = settings.model
+    flags, context = settings.model, first.contexts.tokens.shape[1]
     streams = {short_name(flags.model): first}
     for name in flags.also_model:
         model = load_model(name, device=flags.device, dtype=flags.model_dtype, gelu=flags.gelu)
+        training = packed_text(settings, load_tokenizer(flags.tokenizer or model.path), context, "train")
         key = short_name(name)
         if key in streams:
             key = f"{key}-{len(streams) + 1}"

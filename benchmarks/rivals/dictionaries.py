@@ -29,14 +29,15 @@ Conventions, and where a rival differs (SL SAELens 6.54, SP sparsify 1.3, DL dic
                     SL does not rectify; the paper and all others do: pre-activations of dead latents are positive here
     AuxK, SP        WRONG: its encoder drops the gradient of pre-activations, so AuxK (and Multi-TopK) reach the decoder
                     alone. Compared: the decoder; and that W_enc, b_enc, b_dec miss exactly that part
-    Multi-TopK, SP  FVU with 4k latents, / 8, as ours; without the skip connection of a skip transcoder (not compared)
+    Multi-TopK, SP  FVU with 4k latents, / 8, as ours. Not compared: it leaves out the skip connection of a transcoder,
+                    and takes the 4k largest where GroupMax would take the best of 4k groups, as ours does
     BatchTopK       the threshold in SL is averaged from 0 on: after n batches (1 - 0.99^n) times ours. DL: the first
                     as ours, later ones with decay 0.999
     Matryoshka      the sum over prefixes: ours, SL. DL divides by their number twice, but not AuxK
     JumpReLU        SL step, tanh: ours l0, tanh. SL quadratic: (2 / T) (L0 - T)^2 of each row; ours and DL:
                     (L0 / T - 1)^2 of the mean L0 of the batch. The same up to 2 T for a single row, which is compared
-    JumpReLU, DL    WRONG: counts f > threshold, so rows just below the threshold do not move it. Compared: all else; and
-                    that what L0 does to a threshold is ours times the share of its window that lies above it
+    JumpReLU, DL    WRONG: counts f > threshold, so rows just below the threshold do not move it. Compared: all else,
+                    and that what L0 does to a threshold is ours times the share of its window that lies above it
     ghost gradients the term alone: the error beside it is divided by norms in the source, and is not in ours
     unit atoms      SL does not hold them. DL drops the parallel part of the gradient as we do (TopK family)
 """

@@ -11,22 +11,27 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from schedulefree import AdamWScheduleFree
 
 RECORD = Path(__file__).parents[2] / "tests" / "training" / "schedulefree_values.json"
 STEPS = 8
-CASES = (
-    {"lr": 1e-3, "beta1": 0.9, "weight_decay": 0.0, "warmup_steps": 0},
-    {"lr": 3e-2, "beta1": 0.9, "weight_decay": 0.0, "warmup_steps": 0},
-    {"lr": 1e-3, "beta1": 0.95, "weight_decay": 0.1, "warmup_steps": 5},
-    {"lr": 3e-2, "beta1": 0.95, "weight_decay": 0.1, "warmup_steps": 5},
-)
+FALLING = [1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.125]  # the weights of the average go by the highest rate so far
+CASES = [
+    {"lr": lr, "beta1": beta1, "weight_decay": decay, "warmup_steps": warmup, "factors": factors}
+    for beta1, decay, warmup, factors in (
+        (0.9, 0.0, 0, [1.0] * STEPS),
+        (0.95, 0.1, 5, [1.0] * STEPS),
+        (0.9, 0.1, 2, FALLING),
+    )
+    for lr in (1e-3, 3e-2)
+]
 
 
 def trajectory(
-    start: dict[str, torch.Tensor], gradients: list[dict[str, torch.Tensor]], case: dict[str, float]
+    start: dict[str, torch.Tensor], gradients: list[dict[str, torch.Tensor]], case: dict[str, Any]
 ) -> dict[str, list[dict[str, list[float]]]]:
     parameters = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
     optimizer = AdamWScheduleFree(
@@ -34,11 +39,12 @@ def trajectory(
         lr=case["lr"],
         betas=(case["beta1"], 0.999),
         weight_decay=case["weight_decay"],
-        warmup_steps=int(case["warmup_steps"]),
+        warmup_steps=case["warmup_steps"],
     )
     found: dict[str, list[dict[str, list[float]]]] = {"y": [], "x": []}
-    for gradient in gradients:
+    for gradient, factor in zip(gradients, case["factors"], strict=True):
         optimizer.train()
+        optimizer.param_groups[0]["lr"] = case["lr"] * factor
         for name, parameter in parameters.items():
             parameter.grad = gradient[name].clone()
         optimizer.step()

@@ -66,7 +66,7 @@ def ask(
     x_hat = shown.recon if kind is JumpReluTrainer else shown.x_hat
     tensors = {"f": shown.f, "x_hat": x_hat}
     if unit:
-        (weight, turned) = leaves["W_dec"]
+        weight, turned = leaves["W_dec"]
         (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
         weight, gradient = (weight, gradient) if turned else (weight.T, gradient.T)
         project = remove_gradient_parallel_to_decoder_directions

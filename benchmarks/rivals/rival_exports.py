@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_coding.dictionaries import architecture
-from sparse_coding.dictionaries.base import Sample
 from sparse_coding.dictionaries.normalise import Affine, row_statistics, scaling, whitening
 from sparse_coding.formats.saelens import Normalised, save_dictionary
 
@@ -51,14 +50,12 @@ def build(name: str, changes: dict[str, Any], generator: torch.Generator) -> Any
     """A dictionary off its starting point."""
     kind = architecture(name)
     settings = kind.Settings(D_IN, D_SAE, **changes)
-    sample = Sample(torch.randn(50, D_IN, generator=generator), torch.randn(50, settings.target_width))
-    dictionary = kind.single(settings, kind.initial(settings, generator, sample))
+    dictionary = kind.single(settings, kind.initial(settings, generator))
     with torch.no_grad():
         for parameter in dictionary.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-        for name in ("threshold",):
-            if hasattr(dictionary, name):
-                getattr(dictionary, name).fill_(0.4)
+        if hasattr(dictionary, "threshold"):
+            dictionary.threshold.fill_(0.4)
     dictionary.constrain_(dictionary.tensors())
     return dictionary
 

@@ -1,7 +1,7 @@
 """What every rival is given (`world`) and where its answers are kept (`Record`).
 
-Names and orientation are ours: W_enc [d_in d_sae], W_dec [d_sae d_out]; a rival that stores a matrix the other way round
-is filled with the transpose, and its gradient is turned back.
+Names and orientation are ours: W_enc [d_in d_sae], W_dec [d_sae d_out]; a rival that stores a matrix the other way
+round is filled with the transpose, and its gradient is turned back.
 """
 
 from __future__ import annotations

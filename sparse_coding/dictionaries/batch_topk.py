@@ -4,8 +4,8 @@
     inference   f = pre H(pre - threshold)
 
 so rows that need more latents get more. The threshold is the running mean (decay 0.99, bias-corrected, so right from
-the first step) of the smallest code kept in a batch; `encode` uses it, so that a row's codes do not depend on its company,
-and it is saved as a JumpReLU. k need not be whole.
+the first step) of the smallest code kept in a batch; `encode` uses it, so that a row's codes do not depend on its
+company, and it is saved as a JumpReLU. k need not be whole.
 
 Source: Bussmann et al., arXiv 2412.06410.
 """
@@ -60,7 +60,7 @@ class BatchTopK(LinearDictionary):
 
     def encode(self, x: Float[Tensor, "... B d_in"]) -> Float[Tensor, "... B d_sae"]:
         pre = self.pre_activations(x)
-        return torch.where(pre > self.threshold.unsqueeze(-2), torch.relu(pre), 0.0)
+        return torch.where(self.ranked(pre) > self.threshold.unsqueeze(-2), torch.relu(pre), 0.0)
 
     def loss(
         self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None = None, moment: Moment = SETTLED
@@ -73,7 +73,7 @@ class BatchTopK(LinearDictionary):
         f = torch.where(largest_of_batch(self.ranked(pre), k, most), torch.relu(pre), 0.0)
         x_hat = self.decode(f, x)
         total = self.error(x_hat, target, moment)
-        state = {"threshold": following_threshold(self.threshold, stop_gradient(f), moment.step)}
+        state = {"threshold": following_threshold(self.threshold, self.ranked(stop_gradient(f)), moment.step)}
         return self.finish(total, {}, pre, f, x_hat, target, moment, state)
 
     def inference_values(self, values: Mapping[str, Tensor], shift: Tensor | float) -> dict[str, Tensor]:

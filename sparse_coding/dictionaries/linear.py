@@ -194,6 +194,15 @@ class LinearDictionary(TrainableDictionary):
         scores = pre.detach()
         return scores if self.settings.decoder == "unit" else scores * self.norms.detach().unsqueeze(-2)
 
+    @property
+    def signed(self) -> bool:
+        """Whether codes may be negative."""
+        return False
+
+    def competing(self, pre: Float[Tensor, "... B d_sae"]) -> Float[Tensor, "... B d_sae"]:
+        """What latents are chosen by: `ranked`, its size alone where codes may be negative."""
+        return self.ranked(pre).abs() if self.signed else self.ranked(pre)
+
     def decode(
         self, f: Float[Tensor, "... B d_sae"], x: Float[Tensor, "... B d_in"] | None = None
     ) -> Float[Tensor, "... B d_out"]:
@@ -233,7 +242,9 @@ class LinearDictionary(TrainableDictionary):
         settings = self.settings
         if moment.dead is not None and settings.dead_latents == "auxk":
             k_aux = settings.k_aux or max(1, settings.target_width // 2)
-            found["auxk"] = auxk_error(pre, target - x_hat, self.W_dec, moment.dead, k_aux)
+            found["auxk"] = auxk_error(
+                pre, target - x_hat, self.W_dec, moment.dead, k_aux, self.competing(pre), self.signed
+            )
             total = total + self.auxk_coefficient * found["auxk"]
         elif moment.dead is not None and settings.dead_latents == "ghost":
             found["ghost"] = ghost_error(pre, x_hat, target, self.W_dec, moment.dead)

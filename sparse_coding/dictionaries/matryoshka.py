@@ -85,7 +85,7 @@ class Matryoshka(LinearDictionary):
 
     def encode(self, x: Float[Tensor, "... B d_in"]) -> Float[Tensor, "... B d_sae"]:
         pre = self.pre_activations(x)
-        return torch.where(pre > self.threshold.unsqueeze(-2), torch.relu(pre), 0.0)
+        return torch.where(self.ranked(pre) > self.threshold.unsqueeze(-2), torch.relu(pre), 0.0)
 
     def ends(self, step: int) -> list[int]:
         """Where the prefixes of this step end. Random ones are a function of the step, the same for all members."""
@@ -111,7 +111,7 @@ class Matryoshka(LinearDictionary):
             errors.append(self.error(x_hat, target, moment))
             first = end
         total = torch.stack(errors).sum(0)
-        state = {"threshold": following_threshold(self.threshold, stop_gradient(f), moment.step)}
+        state = {"threshold": following_threshold(self.threshold, self.ranked(stop_gradient(f)), moment.step)}
         return self.finish(total, {"shortest_prefix": errors[0]}, pre, f, x_hat, target, moment, state)
 
     def inference_values(self, values: Mapping[str, Tensor], shift: Tensor | float) -> dict[str, Tensor]:

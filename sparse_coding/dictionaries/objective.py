@@ -38,6 +38,8 @@ def auxk_error(
     W_dec: Float[Tensor, "... d_sae d_out"],
     dead: Bool[Tensor, "... d_sae"],
     k_aux: int,
+    scores: Float[Tensor, "... B d_sae"] | None = None,
+    signed: bool = False,
 ) -> Float[Tensor, "..."]:
     """How badly the dead latents alone explain what the living ones leave (Gao et al., arXiv 2406.04093, section A.2).
 
@@ -46,12 +48,14 @@ def auxk_error(
 
     The factor (sparsify, SAELens) keeps a handful of dead latents from being pulled at as hard as k_aux of them.
     OpenAI divide by the variance of e instead; the weight of either matters little, as Adam divides it out of the
-    parameters that no other term reaches. `residual` is target - x_hat; 0 where nothing is dead.
+    parameters that no other term reaches. `residual` is target - x_hat; 0 where nothing is dead. Dead latents are
+    ranked by `scores` (pre itself by default); `signed`: those chosen keep their sign, without relu (AbsTopK).
     """
     k_aux = min(k_aux, pre.shape[-1])
-    scores = torch.where(dead.unsqueeze(-2), pre, -torch.inf)
-    values, index = scores.topk(k_aux, dim=-1)
-    f = torch.zeros_like(pre).scatter(-1, index, torch.relu(values))
+    scores = torch.where(dead.unsqueeze(-2), pre if scores is None else scores, -torch.inf)
+    index = scores.topk(k_aux, dim=-1).indices
+    values = torch.where(dead.unsqueeze(-2), pre if signed else torch.relu(pre), 0.0).gather(-1, index)
+    f = torch.zeros_like(pre).scatter(-1, index, values)
     distance = (stop_gradient(residual) - f @ W_dec).square().sum(-1).mean(-1)
     return distance * (dead.sum(-1) / k_aux).clamp(max=1)
 

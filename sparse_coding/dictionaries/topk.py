@@ -61,13 +61,17 @@ class TopK(LinearDictionary):
     compares_latents = True
     k: Float[Tensor, "..."]
 
+    @property
+    def signed(self) -> bool:
+        return self.settings.selection == "abs"
+
     def select(
         self, pre: Float[Tensor, "... B d_sae"], k: Float[Tensor, "..."], most: float
     ) -> Float[Tensor, "... B d_sae"]:
         """Codes from pre-activations: those that are kept, 0 elsewhere."""
-        scores = self.ranked(pre)
-        if self.settings.selection == "abs":
-            return torch.where(largest_per_row(scores.abs(), k, round(most)), pre, 0.0)
+        scores = self.competing(pre)
+        if self.signed:
+            return torch.where(largest_per_row(scores, k, round(most)), pre, 0.0)
         largest = largest_per_group if self.settings.selection == "group" else largest_per_row
         return torch.where(largest(scores, k, round(most)), torch.relu(pre), 0.0)
 

@@ -59,10 +59,10 @@ def best_members(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     Members of one site that predict different targets do not compare: those of its first target are taken here, and
     `best_by_site` has the others.
     """
-    found: dict[str, str] = {}
-    names = {record["name"]: str(record.get("site")) for record in records}
-    for name in best_by_site(records).values():
-        found.setdefault(names[name], name)
+    best, found = best_by_site(records), {}
+    for record in records:
+        if site_label(record) in best:
+            found.setdefault(str(record.get("site")), best[site_label(record)])
     return found
 
 

@@ -22,6 +22,10 @@ from sparse_coding.report.trade_off import Measure
 LEVELS = tuple(2.0**exponent for exponent in range(0, 13))
 """L0 at which families are compared, where at least two reach it."""
 MOST_LEVELS = 6
+SLACK = 0.05
+"""A curve is read up to 5% beyond its ends: the L0 of k = 8 is seldom 8 to the last digit."""
+WIDEST = 8.0
+"""Nothing is read between members whose L0 differs by a larger factor, such as a collapsed one and its neighbour."""
 
 Point = tuple[float, float]
 """L0 and the value of a measure."""
@@ -61,15 +65,18 @@ def pareto_points(points: Sequence[Point], lower_is_better: bool) -> list[Point]
 def interpolate(points: Sequence[Point], l0: float) -> float:
     """The value at `l0`, linear in log L0 between neighbours; NaN outside the points.
 
-    `points` have ascending positive L0; of points with the same L0 the first counts.
+    `points` have ascending positive L0; of points with the same L0 the first counts. Up to `SLACK` beyond an end the
+    line through the two outermost points goes on; a gap wider than `WIDEST` has no line.
     """
     if any(x == l0 for x, _ in points):
         return next(y for x, y in points if x == l0)
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if x0 < l0 < x1:
-            share = (math.log(l0) - math.log(x0)) / (math.log(x1) - math.log(x0))
-            return y0 + share * (y1 - y0)
-    return math.nan
+    spans = [(a, b) for a, b in pairwise(points) if a[0] < b[0]]
+    if not spans or not spans[0][0][0] * (1 - SLACK) <= l0 <= spans[-1][1][0] * (1 + SLACK):
+        return math.nan
+    (x0, y0), (x1, y1) = next((span for span in spans if l0 < span[1][0]), spans[-1])
+    if x1 > WIDEST * x0:
+        return math.nan
+    return y0 + (y1 - y0) * math.log(l0 / x0) / math.log(x1 / x0)
 
 
 def curves(records: Sequence[Record], measure: Measure) -> dict[float, list[Point]]:
@@ -139,9 +146,11 @@ def equal_l0_words(compared: EqualL0) -> str:
     word = compared.measure.label.split(" (")[0]
     extreme = "lowest" if compared.measure.lower_is_better else "highest"
     runs: list[tuple[str, list[str]]] = []
-    for level, name, value in compared.winners():
+    for index, (level, name, value) in enumerate(compared.winners()):
         if not runs or runs[-1][0] != name:
             runs.append((name, []))
-        runs[-1][1].append(f"{short(value)} at {short(level, 4)}")
+        reach, count = sum(math.isfinite(row[index]) for row in compared.values.values()), len(compared.values)
+        among = f", which {reach} of {count} reach" if reach < count else ""
+        runs[-1][1].append(f"{short(value)} at {short(level, 4)}{among}")
     told = "; ".join(f"{name} ({', '.join(where)})" for name, where in runs)
     return f"The {extreme} {word} at equal L0: {told}."

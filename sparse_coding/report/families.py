@@ -20,7 +20,7 @@ KNOB_WORDS = {"l1_coefficient": "L1", "k": "k", "target_l0": "target L0", "l0_co
 NUMBERS = {"lr": "lr", "l0_coefficient": "L0 coefficient", "bandwidth": "bandwidth", "auxk_coefficient": "aux"}
 """Numbers that set families of one architecture apart, and what they are called. A knob is none of them."""
 LONGEST = 36
-"""Characters of a family's name; the rest of a longer one is left out."""
+"""Characters of a family's name; the rest of a longer architecture and variant is left out."""
 
 
 def knob_label(records: Iterable[Mapping[str, Any]]) -> str:
@@ -57,8 +57,10 @@ def families(records: Sequence[Record]) -> dict[str, list[Record]]:
         kinds.setdefault(key[:2], []).append(key)
     named: dict[str, list[Record]] = {}
     for key, found in parts.items():
-        words = [" ".join(word for word in key[:2] if word) or "dictionary"] if len(kinds) > 1 else []
-        name = _clipped(visible(", ".join([*words, *_apart(key, kinds[key[:2]])])))
+        kind = [" ".join(word for word in key[:2] if word) or "dictionary"] if len(kinds) > 1 else []
+        apart = _apart(key, kinds[key[:2]])
+        room = LONGEST - sum(len(word) + 2 for word in apart)
+        name = ", ".join([*(_clipped(visible(word), room) for word in kind), *apart])
         named[name if name not in named else f"{name} ({len(named) + 1})"] = found
     return named
 
@@ -73,8 +75,8 @@ def _apart(key: tuple, siblings: Sequence[tuple]) -> list[str]:
     return words
 
 
-def _clipped(name: str) -> str:
-    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+def _clipped(name: str, room: int) -> str:
+    return name if len(name) <= room else name[: room - 1] + "…"
 
 
 def file_words(names: Iterable[str]) -> dict[str, str]:

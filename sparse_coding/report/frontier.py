@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from sparse_coding.report.canvas import (
@@ -29,10 +30,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+VIEW = 50.0
+"""A picture of several families begins at their median L0 over this."""
 CHARACTER = 0.076
 """Inches of a character of a legend."""
 LEGEND_ROWS = 20
 """Families in one column of the legend."""
+
+MARKER_SIZES = {"o": 5.5, "s": 5.2, "D": 5.0, "*": 9.0}
+"""So that all look of one size; 7 for the others."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def looks(panels: Sequence[Panel]) -> dict[tuple[str, str], Look]:
         colour, marker = CATEGORIES[at], CATEGORY_MARKERS[(at + 3 * turn) % len(CATEGORY_MARKERS)]
         for back, size in enumerate(reversed(sizes)):
             dashes, thin = DASHES[back % len(DASHES)], back > 0
-            found[family, size] = Look(colour, marker, turn % 2 == 0, dashes, thin, 6.0)
+            found[family, size] = Look(colour, marker, turn % 2 == 0, dashes, thin, MARKER_SIZES.get(marker, 7.0))
     return found
 
 
@@ -91,6 +97,28 @@ def several(panels: Sequence[Panel]) -> bool:
     return len({curve.family for panel in panels for curve in panel.curves}) > 1
 
 
+def view_start(panels: Sequence[Panel]) -> float:
+    """L0 at which a picture of several families begins, so that collapsed members do not press the rest together."""
+    found = [x for panel in panels for curve in panel.curves for x in curve.x]
+    return median(found) / VIEW if several(panels) else 0.0
+
+
+def _limit(axes: Axes, panel: Panel, start: float) -> None:
+    """Limits by the points in view, within the bounds of the panel."""
+    if any(x < start for curve in panel.curves for x in curve.x):
+        curves = [*panel.curves, *panel.points]
+        seen = [(x, y) for curve in curves for x, y in zip(curve.x, curve.y, strict=True) if x >= start]
+        low, high = (end(y for _, y in seen) for end in (min, max))
+        axes.set_ylim(low - 0.05 * (high - low or 1.0), high + 0.05 * (high - low or 1.0))
+        axes.set_xlim(min(x for x, _ in seen) / 1.15, max(x for x, _ in seen) * 1.15)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low if panel.y_low is None else max(low, panel.y_low),
+                  high if panel.y_high is None else min(high, panel.y_high))  # fmt: skip
+    x_low, x_high = axes.get_xlim()
+    axes.set_xlim(x_low, x_high * (x_high / x_low) ** 0.04)
+    number_axis(axes.xaxis)
+
+
 def _size(curve: Curve) -> str:
     return curve.size or curve.name
 
@@ -101,7 +129,7 @@ def frontier(panels: Sequence[Panel], x_label: str, legend_title: str, family_ti
 
     `legend_title` is what sizes are called, `family_title` what families are, where there are several.
     """
-    known = looks(panels)
+    known, start = looks(panels), view_start(panels)
     entries = _entries(panels, known, legend_title, family_title)
     width, height, left, gap, bottom, top, right = 4.6, 3.7, 0.75, 0.95, 0.7, 0.45, _room(entries)
     count = max(len(panels), 1)
@@ -113,12 +141,7 @@ def frontier(panels: Sequence[Panel], x_label: str, legend_title: str, family_ti
         background: list[Any] = []
         labels = _draw(axes, panel, known, background)
         axes.set(title=panel.title, xlabel=x_label, ylabel=panel.y_label)
-        low, high = axes.get_ylim()
-        axes.set_ylim(low if panel.y_low is None else max(low, panel.y_low),
-                      high if panel.y_high is None else min(high, panel.y_high))  # fmt: skip
-        x_low, x_high = axes.get_xlim()
-        axes.set_xlim(x_low, x_high * (x_high / x_low) ** 0.04)
-        number_axis(axes.xaxis)
+        _limit(axes, panel, start)
         for value in panel.edges.values():
             axes.axvline(value, color=INK, linestyle=":", linewidth=1.1, zorder=1)
         write_labels(axes, labels, background=background)
@@ -172,14 +195,19 @@ def _entries(panels: Sequence[Panel], known: Mapping[tuple[str, str], Look], siz
     return [(title, names) for title, names in [*found, ("", lines)] if names]
 
 
-def _columns(names: Mapping[str, Any]) -> int:
+def _columns(names: Collection[str]) -> int:
     return -(-len(names) // LEGEND_ROWS)
 
 
 def _room(entries: Entries) -> float:
     """Inches right of the last panel."""
-    widths = [_columns(names) * (0.62 + CHARACTER * max(map(len, names))) for _, names in entries]
-    return max([1.55, *(width + 0.15 for width in widths)])
+
+    def width(names: Sequence[str]) -> float:
+        rows = -(-len(names) // _columns(names))
+        parts = [names[start : start + rows] for start in range(0, len(names), rows)]
+        return sum(0.62 + CHARACTER * max(map(len, part)) for part in parts)
+
+    return max([1.55, *(0.15 + width([*names]) for _, names in entries)])
 
 
 def _legends(figure: Figure, entries: Entries, room: float) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparse_coding.report.canvas import save
 from sparse_coding.report.families import families, knob_label, knob_word
+from sparse_coding.report.frontier import view_start
 from sparse_coding.report.heatmaps import Grid, Scale, heat_maps
 from sparse_coding.report.page import Picture
 from sparse_coding.report.pictures import Curve, Panel, overlays
@@ -24,6 +25,7 @@ from sparse_coding.report.records import (
     metric,
     number,
     ratio,
+    short,
 )
 from sparse_coding.report.tables import blanks
 from sparse_coding.report.trade_off import shown_ratios, trade_off_figure
@@ -70,7 +72,10 @@ def frontiers(site: Site) -> list[Picture]:
     if len(panels) == 1 and panels[0].title.startswith("Rec"):
         caption += " Loss recovered was not measured in this run."
     note = f"{left} members have no finite value at a positive L0 and are not drawn." if left else ""
-    return [site.picture("frontier", "Trade-off between sparsity and faithfulness", figure, caption, note)]
+    start = view_start(panels)
+    if any(x < start for panel in panels for curve in panel.curves for x in curve.x):
+        note += f" The picture begins at L0 {short(start, 2)}: collapsed members lie left of it."
+    return [site.picture("frontier", "Trade-off between sparsity and faithfulness", figure, caption, note.strip())]
 
 
 def _one_words(site: Site) -> str:

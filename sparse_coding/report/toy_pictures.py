@@ -263,10 +263,11 @@ def curves(study: Study) -> Picture | None:
         edges = {"predicted collapse": by_ratio(study.edge, at)} if study.edge else {}
         panels.append(Panel(f"ratio {name}", [line], "MMCS", levels, edges))
     figure = small_multiples(panels, knob_label(study.records), share_y=(0.0, 1.04))
+    dotted = " and predicted collapse (dotted)" if study.edge else ""
     band = "The band is one standard deviation over seeds. " if study.seeds > 1 else ""
     caption = (
-        "The rows of the first map as curves, each with its own chance level and ceiling (dashed) and predicted "
-        f"collapse (dotted). {band}A good row climbs from a plateau of mixed directions to a peak and then drops to "
+        f"The rows of the first map as curves, each with its own chance level and ceiling (dashed){dotted}. "
+        f"{band}A good row climbs from a plateau of mixed directions to a peak and then drops to "
         "the chance line; how near the peak comes to the ceiling, and how wide it is, says how much tuning the "
         "method needs."
     )

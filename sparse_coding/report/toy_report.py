@@ -79,8 +79,8 @@ def _comparison(study: Study) -> list[Section]:
         return []
     caption = (
         "One colour and marker per architecture, a point per sparsity setting, averages over seeds; the line style "
-        "says the size where there are several, solid is the largest. A low FVU says little about the features, MMCS with "
-        "the truth does: compare its peaks, and whether they lie at the true L0 (dotted)."
+        "says the size where there are several, the largest is solid. A low FVU says little about the features, MMCS "
+        "with the truth does: compare its peaks, and whether they lie at the true L0 (dotted)."
     )
     picture = study.picture("frontier", "Architectures against one another", figure, caption)
     compared = [found for measure in measures(study.records) if (found := _near_truth(study.records, measure, true))]

@@ -77,7 +77,8 @@ def trade_off(
                 curves.append(Curve(name, x, y, settings if labelled else (), size=words[size], family=family,
                                     faded=family not in bright))  # fmt: skip
     (alone,) = bright if len(bright) == 1 else ("",)
-    title = f"{measure.title} (points: {knob_word(parts[alone])})" if len(bright) == 1 else measure.title
+    said = len(bright) == 1 and measure.name == "fvu"
+    title = f"{measure.title} (points: {knob_word(parts[alone])})" if said else measure.title
     points = [p for key, found in (baselines or {}).items() if (p := _baseline(visible(str(key)), found, measure.name))]
     return Panel(title, curves, measure.label, points=points, y_low=measure.low, y_high=measure.high)
 
@@ -90,7 +91,7 @@ def shown_ratios(records: Sequence[Record]) -> list[float]:
     return [ratios[round(i * (len(ratios) - 1) / (len(DASHES) - 1))] for i in range(len(DASHES))]
 
 
-def _lines(records: Sequence[Record], name: str) -> list[tuple[float, np.ndarray, np.ndarray, list[str]]]:
+def _lines(records: Sequence[Record], name: str) -> list[tuple[float, list[float], list[float], list[str]]]:
     """Size, L0, value and knob labels of each row of one family's grid that has a point."""
     knobs, ratios, l0 = grid_matrix(records, "l0")
     values, words = grid_matrix(records, name)[2], labels(knobs)
@@ -98,7 +99,7 @@ def _lines(records: Sequence[Record], name: str) -> list[tuple[float, np.ndarray
     for row, size in enumerate(ratios):
         at = np.flatnonzero(np.isfinite(values[row]) & (l0[row] > 0))
         if len(at):
-            found.append((size, l0[row][at], values[row][at], [words[i] for i in at]))
+            found.append((size, l0[row][at].tolist(), values[row][at].tolist(), [words[i] for i in at]))
     return found
 
 

@@ -131,6 +131,7 @@ def make_optimizer(
     """The optimiser of a stack; it updates `parameters`, each `[M ...]` and contiguous, in place.
 
     `lrs` holds the learning rate of each of the M members, `matrices` the names of the parameters `[M r c]` that muon
-    orthogonalises (names that are no parameters say nothing). Make it when the parameters have their initial values: schedule-free starts from them.
+    orthogonalises (a name that is no parameter is passed over). Make it when the parameters have their initial values:
+    schedule-free starts from them.
     """
     return OPTIMIZERS[settings.name](parameters, lrs, settings, matrices)

@@ -88,9 +88,9 @@ def grid(
     """Every combination: site x ratio x varied settings x learning rate x seed.
 
     `widths` are those of the sites in the stream. `ratios` are d_sae / d_in; `varied` maps a setting of the
-    architecture to its values, such as `{"l1_coefficient": [0.1, 0.3]}`; `shared` are settings that all members have in common.
-    `targets` maps input sites to the sites that transcoders predict from them: dictionaries are trained on its keys
-    alone. `parts` maps sites that hold several side by side to their widths (crosscoders).
+    architecture to its values, such as `{"l1_coefficient": [0.1, 0.3]}`; `shared` are settings that all members have in
+    common. `targets` maps input sites to the sites that transcoders predict from them: dictionaries are trained on its
+    keys alone. `parts` maps sites that hold several side by side to their widths (crosscoders).
     """
     varied = {name: tuple(values) for name, values in (varied or {}).items()}
     for name in (*varied, *shared):

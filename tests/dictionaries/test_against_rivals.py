@@ -160,8 +160,8 @@ SAELENS = [
     # its auxiliary term trains the decoder
     Case("gated", Gated, GatedSettings(**FREE, l1_coefficient=0.7, frozen_auxiliary=False),
          {**MSE, "l1_gate": ("l1_loss", 1 / 0.7), "auxiliary": ("auxiliary_reconstruction_loss", 1.0)}),
-    # latents are ranked by pre ||W_dec_i||, dead ones too; its codes f carry that factor, ours do not. Its AuxK does not
-    # rectify, the paper does: the dead latents' pre-activations here are all above 0. AbsTopK takes either sign
+    # latents are ranked by pre ||W_dec_i||, dead ones too; its codes f carry that factor, ours do not. Its AuxK does
+    # not rectify, the paper does: the dead latents' pre-activations here are all above 0. AbsTopK takes either sign
     Case("topk", TopK, TopKSettings(**FREE, k=2), MSE),
     Case("topk_auxk", TopK, TopKSettings(**UNIT, **AUXK, k=2), SAELENS_AUXK, moment=dead()),
     Case("topk_auxk_few", TopK, TopKSettings(**FREE, **AUXK, k=2), SAELENS_AUXK, moment=dead(slice(8, 10))),

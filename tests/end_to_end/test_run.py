@@ -120,7 +120,7 @@ def test_several_layers_share_one_run(small_gpt2, small_text, tmp_path):
 
 
 def test_options_reach_the_dictionaries(small_gpt2, small_text, tmp_path):
-    more = ["--tied", "--no-decoder-bias", "--no-normalise", "--l1-scaling", "mean", "--precision", "fp32"]
+    more = ["--tied", "--no-decoder-bias", "--normalise", "none", "--l1-scaling", "mean", "--precision", "fp32"]
     words = flags(small_gpt2, small_text, tmp_path / "run", *more)
     run(settings(*words))
     record = read_lines(tmp_path / "run" / "results.jsonl")[0]

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from sparse_coding.dictionaries import ReLU, ReLUSettings
+from sparse_coding.dictionaries.normalise import scaling
 from sparse_coding.errors import UserError
-from sparse_coding.formats.saelens import load_dictionary, save_dictionary
+from sparse_coding.formats.saelens import Normalised, load_dictionary, save_dictionary
 
 
 @pytest.fixture(params=[{}, {"tied": True}, {"decoder_bias": False}], ids=["untied", "tied", "no bias"])
@@ -23,7 +24,7 @@ def dictionary(request, generator):
 
 
 def test_a_saved_dictionary_opens_again_with_the_scale_folded_in(dictionary, tmp_path, generator):
-    save_dictionary(dictionary, "relu", tmp_path / "one", scale=3.0)
+    save_dictionary(dictionary, "relu", tmp_path / "one", Normalised(scaling(3.0, 4), scaling(3.0, 4)))
     loaded = load_dictionary(tmp_path / "one")
     x = torch.randn(5, 4, generator=generator)
     assert_close(loaded.encode(x), dictionary.encode(3.0 * x))

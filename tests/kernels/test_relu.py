@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from sparse_coding.dictionaries import ReLU, ReLUSettings
+from sparse_coding.dictionaries.base import SETTLED
 from sparse_coding.kernels.relu import column_sums, relu_l1_step
 from sparse_coding.training.optimizer import OptimizerSettings
 from sparse_coding.training.stack import Stack, gradients_by_autograd
@@ -48,10 +49,10 @@ def test_parameters_after_twenty_steps_equal_those_of_the_definition(tied, dtype
     fast = Stack(members, OptimizerSettings(), "cpu", dtype)
     slow = Stack(members, OptimizerSettings(), "cpu", torch.float32)
     for x in batches:
-        fast.step(x, 1.0)
-    monkeypatch.setattr(ReLU, "fused_gradients", None)
+        fast.step({"synthetic": x}, 1.0)
+    monkeypatch.setattr(ReLU, "fused_gradients", lambda *_: None)
     for x in batches:
-        slow.step(x, 1.0)
+        slow.step({"synthetic": x}, 1.0)
     # Adam moves each weight by at most 20 * lr = .02; bf16 may turn the sign of gradients near zero
     tolerance = 1e-5 if dtype == torch.float32 else 6e-3
     for name, value in slow.dictionary.tensors().items():
@@ -63,6 +64,6 @@ def test_parameters_after_twenty_steps_equal_those_of_the_definition(tied, dtype
 def test_a_batch_of_one_row_and_a_stack_of_one_member_work(generator):
     stack = ReLU.init([ReLUSettings(5, 7)], [generator])
     x = torch.randn(1, 5, generator=generator)
-    fast, slow = stack.fused_gradients(x, torch.float32), gradients_by_autograd(stack, x)
+    fast, slow = stack.fused_gradients(x, None, SETTLED, torch.float32), gradients_by_autograd(stack, x)
     for name, value in slow.gradients.items():
         assert_close(fast.gradients[name], value)

@@ -15,6 +15,7 @@ from sparse_coding.metrics import (
     evaluate_reconstruction,
     evaluate_reconstructions,
 )
+from sparse_coding.metrics.reconstruction import fvu_by_part
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -220,7 +221,7 @@ class Wide(Dictionary):
         self.rows.append(len(x))
         return torch.zeros(len(x), 2**18)
 
-    def decode(self, f):
+    def decode(self, f, x=None):
         return f[:, :1]
 
 
@@ -250,3 +251,42 @@ def test_the_density_histogram_counts_each_latent_once():
 def test_an_accumulator_gives_the_histogram_of_its_own_counts():
     sums = accumulated(torch.ones(10, 1), torch.eye(10)[:, :2], torch.ones(10, 1))
     assert sums.density_histogram(torch.tensor([-2.0, -0.5, 0.0]))["counts"] == [2, 0]
+
+
+def test_rows_and_targets_may_differ():
+    """A transcoder's FVU is that of its targets: by hand for a constant prediction, the mean of the targets."""
+
+    class Constant(Dictionary):
+        @property
+        def atoms(self):
+            return torch.zeros(1, 2)
+
+        def encode(self, x):
+            return torch.zeros(len(x), 1)
+
+        def decode(self, f, x=None):
+            return torch.tensor([1.0, 3.0]).expand(len(f), 2)
+
+    x, target = torch.randn(4, 5), torch.tensor([[0.0, 3.0], [2.0, 3.0], [1.0, 2.0], [1.0, 4.0]])
+    assert evaluate_reconstruction(Constant(), [(x, target)]).result()["fvu"] == pytest.approx(1.0)
+
+
+def test_fvu_by_part_is_the_fvu_of_each_site_alone():
+    x = gaussian(64, 5)
+
+    class Halves(Dictionary):
+        @property
+        def atoms(self):
+            return torch.zeros(1, 5)
+
+        def encode(self, x):
+            return x
+
+        def decode(self, f, x=None):
+            return f * torch.tensor([1.0, 1.0, 0.5, 0.5, 0.5])
+
+    found = fvu_by_part(Halves(), x.split(10), [2, 3])
+    assert found[0] == pytest.approx(0.0, abs=1e-9)
+    part = x[:, 2:]
+    expected = (0.5 * part).square().sum() / (part - part.mean(0)).square().sum()
+    assert found[1] == pytest.approx(expected.item(), rel=1e-5)

@@ -62,13 +62,6 @@ def test_an_exact_control_does_not_stretch_the_colours_of_the_map():
     assert all(1e-3 / 1.01 < tick < 1e-2 * 1.01 for tick in ticks)
 
 
-def test_on_a_frontier_colour_says_the_size_and_dashes_the_family():
-    curves = [Curve(f"{s} {f}", [1, 2], [1, 2], size=s, family=f) for s in ("1", "2") for f in (0, 1)]
-    lines = frontier([Panel("t", curves)], "L0", "ratio").axes[0].lines
-    assert [line.get_linestyle() for line in lines] == ["-", "--", "-", "--"]
-    assert lines[0].get_color() == lines[1].get_color() != lines[2].get_color() == lines[3].get_color()
-
-
 def test_the_staircase_is_drawn_only_where_it_crosses_the_map():
     grid = Grid([0.1, 1.0, 10.0], [1.0, 2.0], np.ones((2, 3)))
     assert len(heat_map("x", grid, Scale("x"), edge={"1.0": 0.5, "2.0": 5.0}).axes[0].lines) == 1

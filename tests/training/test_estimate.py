@@ -6,13 +6,14 @@ import torch
 from sparse_coding.training.estimate import estimate
 from sparse_coding.training.stream import TensorStream
 from sparse_coding.training.sweep import grid
+from sparse_coding.training.trainer import TrainingSettings
 
 STREAM = TensorStream({"synthetic": torch.randn(64, 8, generator=torch.Generator().manual_seed(0))}, 16)
 
 
 def test_flop_and_memory_are_counted_by_hand():
     members = grid("relu", {"synthetic": 8}, [1, 2], varied={"l1_coefficient": [0.1, 1.0]})
-    plan = estimate(members, STREAM, 100, "fp32", "cpu")
+    plan = estimate(members, STREAM, TrainingSettings(100, precision="fp32"), "cpu")
     weights = 2 * (8 * 8 + 8 * 16)
     assert plan.members == 4
     assert plan.flop == pytest.approx(10 * 16 * weights * 100)
@@ -23,7 +24,7 @@ def test_flop_and_memory_are_counted_by_hand():
 
 def test_time_grows_with_the_steps_and_with_what_the_stream_hides():
     members = grid("relu", {"synthetic": 8}, [1])
-    plans = [estimate(members, STREAM, steps, "fp32", "cpu", 1.0) for steps in (10, 20)]
+    plans = [estimate(members, STREAM, TrainingSettings(steps, precision="fp32"), "cpu", 1.0) for steps in (10, 20)]
     assert plans[0].seconds >= 10
     assert plans[1].seconds >= 20
 
@@ -31,5 +32,5 @@ def test_time_grows_with_the_steps_and_with_what_the_stream_hides():
 def test_estimating_does_not_touch_what_will_be_trained():
     member = grid("relu", {"synthetic": 8}, [1])[0]
     before = member.generator().get_state()
-    estimate([member], STREAM, 10, "fp32", "cpu")
+    estimate([member], STREAM, TrainingSettings(10, precision="fp32"), "cpu")
     assert torch.equal(member.generator().get_state(), before)

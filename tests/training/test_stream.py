@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_coding.errors import UserError
-from sparse_coding.training.stream import ScaledStream, TensorStream
+from sparse_coding.training.stream import NormalisedStream, TensorStream
 
 ROWS = torch.arange(20.0).unsqueeze(1).repeat(1, 3) + 1
 
@@ -31,4 +31,4 @@ def test_fewer_rows_than_one_batch_are_refused():
 
 def test_activations_that_are_all_zero_are_refused():
     with pytest.raises(UserError, match="all zero"):
-        ScaledStream(TensorStream({"a": torch.zeros(10, 3)}, batch_size=5))
+        NormalisedStream(TensorStream({"a": torch.zeros(10, 3)}, batch_size=5), "mean-norm")

@@ -10,9 +10,10 @@ from torch.testing import assert_close
 
 from sparse_coding.dictionaries import ReLU
 from sparse_coding.errors import Interrupted, UserError
+from sparse_coding.training.dead import DeadSettings
 from sparse_coding.training.optimizer import OptimizerSettings
 from sparse_coding.training.run_folder import RunFolder, read_lines
-from sparse_coding.training.stream import ScaledStream, TensorStream
+from sparse_coding.training.stream import NormalisedStream, TensorStream
 from sparse_coding.training.sweep import grid
 from sparse_coding.training.trainer import Trainer, TrainingSettings
 
@@ -76,7 +77,7 @@ def test_the_trainer_equals_a_plain_loop_over_torchs_own_adam():
 def test_training_without_a_fast_step_follows_the_definition(monkeypatch):
     fast = Trainer(members(), stream(), settings(precision="fp32"))
     fast.fit()
-    monkeypatch.setattr(ReLU, "fused_gradients", None)
+    monkeypatch.setattr(ReLU, "fused_gradients", lambda *_: None)
     slow = Trainer(members(), stream(), settings(precision="fp32"))
     slow.fit()
     assert_same(weights(fast), weights(slow), atol=1e-5, rtol=1e-4)
@@ -109,13 +110,15 @@ def test_the_log_says_what_a_recomputation_says(tmp_path):
 
 
 def test_dead_latents_are_those_silent_for_the_window():
-    trainer = Trainer(members(lrs=[1e-3], seeds=[0]), stream(), TrainingSettings(steps=4, log_every=4, dead_window=64))
+    trainer = Trainer(
+        members(lrs=[1e-3], seeds=[0]), stream(), TrainingSettings(steps=4, log_every=4, dead=DeadSettings(64))
+    )
     stack = trainer.stacks[0]
     with torch.no_grad():
         stack.dictionary.b_enc[:, 0] = -1e6  # never fires
     for step in range(3):
-        stack.step(stream().batch(step)["synthetic"], 1.0)
-        assert stack.averages(64)["dead"][0] == (1 if step >= 1 else 0)
+        stack.step(stream().batch(step), 1.0)
+        assert stack.averages()["dead"][0] == (1 if step >= 1 else 0)
 
 
 @pytest.mark.parametrize("stop_at", [1, 17, 39])
@@ -158,7 +161,7 @@ def test_the_log_of_a_resumed_run_equals_that_of_a_run_never_stopped(tmp_path):
         cut = Trainer(members(), stream(), settings(), folder=folder)
         for step in range(14):
             for stack in cut.stacks:
-                stack.step(stream().batch(step)["synthetic"], 1.0)
+                stack.step(stream().batch(step), 1.0)
             cut._measure(stream().batch(step))
             cut.step += 1
             if cut.step == 10:
@@ -189,7 +192,7 @@ def test_a_sweep_in_which_every_member_diverged_says_so():
 
 
 def test_warm_up_and_decay_reach_the_optimiser():
-    schedule = OptimizerSettings(warmup_steps=5, decay="linear", decay_fraction=0.5)
+    schedule = OptimizerSettings(warmup_steps=5, schedule="linear", decay_fraction=0.5)
     seen = []
     trainer = Trainer(members(), stream(), TrainingSettings(20, schedule, log_every=1), loggers=[seen.append])
     trainer.fit()
@@ -200,10 +203,10 @@ def test_warm_up_and_decay_reach_the_optimiser():
 
 
 def test_a_scaled_stream_has_rows_of_mean_norm_sqrt_d_and_the_same_order():
-    scaled = ScaledStream(stream())
+    scaled = NormalisedStream(stream(), "mean-norm")
     x = scaled.batch(0)["synthetic"]
     assert x.norm(dim=1).mean().item() == pytest.approx(4.0)
-    assert_close(scaled.batch(3)["synthetic"] / scaled.scales["synthetic"], stream().batch(3)["synthetic"])
+    assert_close(scaled.batch(3)["synthetic"] / scaled.maps["synthetic"].factor[0], stream().batch(3)["synthetic"])
 
 
 def test_several_sites_train_side_by_side_as_they_would_apart():
