@@ -34,7 +34,7 @@ from sparse_coding.training.trainer import Trainer, TrainingSettings
 
 RESULTS, IMAGES = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs" / "images"
 SHOWN = ("mmcs", "fraction_above_0.9", "mmcs_dict_to_truth", "l0", "fvu", "dead")
-L1, K = (0.02, 0.05, 0.1, 0.2, 0.4), (2, 3, 4, 6)
+L1, K = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), (2, 3, 4, 6)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ ROWS = (
     Row("batchtopk", "batchtopk", {"k": K}),
     Row("matryoshka", "matryoshka", {"k": K}),
     Row("matryoshka, random prefixes", "matryoshka", {"k": K}, {"prefixes": "random"}),
-    Row("jumprelu", "jumprelu", {"l0_coefficient": (0.003, 0.01, 0.03, 0.1)}),
+    Row("jumprelu", "jumprelu", {"l0_coefficient": (0.01, 0.03, 0.1, 0.3)}),
     Row("jumprelu, target L0", "jumprelu", {"target_l0": (2, 3, 4, 6)}),
     Row("matching-pursuit", "matching-pursuit", {"k": K}),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +132,7 @@ def loss_recovered(
                     flush=True,
                 )
                 continue
-            spliced = Splices(captured, site)
+            spliced = Splices(captured, site, (member.site for _, member in at))
             chosen = {m.name: spliced.replacement(inference(i), m, number) for i, m in at}
             batches = token_batches(captured, settings.splice_tokens)
             mean = kept.rows[site].mean(0)
@@ -159,33 +159,30 @@ def mean_scores(scores: list[dict[str, float | None]]) -> dict[str, Any]:
 class Splices:
     """Runs a model with reconstructions put in at one site, whatever sites they are made from."""
 
-    def __init__(self, captured: Captured, site: str):
+    def __init__(self, captured: Captured, site: str, inputs: Iterable[str]):
+        """`inputs`: the sites of the stream that reconstructions are made from."""
         self.captured, self.site, self.place = captured, site, captured.places[site]
+        self.elsewhere = [name for name in dict.fromkeys(inputs) if name != site]
         self._tokens: Tensor | None = None
         self._inputs: dict[str, Tensor] = {}
 
     def run(self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None) -> Tensor:
-        if tokens is not self._tokens:
-            self._tokens, self._inputs = tokens, {}
+        if tokens is not self._tokens:  # read beforehand: the model cannot be run again from inside its own run
+            self._tokens = tokens
+            self._inputs = {name: self.captured.inputs(tokens, name) for name in self.elsewhere}
         return splice(self.place.model, tokens, self.place.site, replace)
 
     def replacement(self, dictionary: Dictionary, member: Member, part: int) -> Callable[[Tensor], Tensor]:
         """Activations at the site -> what the member makes in their place."""
 
         def replace(old: Tensor) -> Tensor:
-            x = old.to(dictionary.atoms) if member.site == self.site else self._inputs_of(member.site)
+            x = old.to(dictionary.atoms) if member.site == self.site else self._inputs[member.site]
             x_hat = dictionary(x.flatten(0, 1))
             if member.site in self.captured.parts:
                 x_hat = x_hat.split(self.captured.part_widths[member.site], dim=1)[part]
             return x_hat.reshape(old.shape).to(old)
 
         return replace
-
-    def _inputs_of(self, site: str) -> Tensor:
-        assert self._tokens is not None
-        if site not in self._inputs:
-            self._inputs[site] = self.captured.inputs(self._tokens, site)
-        return self._inputs[site]
 
 
 def list_latents(

@@ -39,7 +39,7 @@ class BatchTopKSettings(LinearSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_k(self.k, self.d_sae)
+        require_k(self.k, self.d_sae, whole=False)
 
 
 @final

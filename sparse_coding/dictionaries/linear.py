@@ -28,6 +28,7 @@ from sparse_coding.errors import UserError
 
 Decoder = Literal["unit", "free"]
 DeadLatents = Literal["none", "auxk", "ghost"]
+AUXK_COEFFICIENT = 1 / 32
 RESTARTED_NORM = 0.2
 """Length of a restarted encoder column, in mean lengths of the living ones (Bricken et al. 2023)."""
 
@@ -57,13 +58,14 @@ class LinearSettings(DictionarySettings):
     init: Init = "transpose"
     """Initial weights: transpose, orthogonal, kaiming, data, zero, toy-2023 (see start.py)."""
     init_norm: float = 1.0
-    """Length of the initial encoder columns, and of the initial atoms where the decoder is free."""
+    """Length of the initial encoder columns, and of the initial atoms where the decoder is free; kaiming and toy-2023
+    have their own."""
     b_dec_init: BiasInit = "zero"
     """Initial b_dec: zero, mean, geometric-median."""
     dead_latents: DeadLatents = "none"
     """What revives dead latents: none, auxk (they learn what the living ones leave), ghost (ghost gradients).
     Resampling is the trainer's."""
-    auxk_coefficient: float = 1 / 32
+    auxk_coefficient: float = AUXK_COEFFICIENT
     """Weight of AuxK."""
     k_aux: int | None = None
     """Dead latents that AuxK lets take part at once; by default half of d_out."""
@@ -77,6 +79,11 @@ class LinearSettings(DictionarySettings):
             ("b_dec_init", BiasInit),
             ("dead_latents", DeadLatents),
         )
+        if self.error in ("ce", "kl"):
+            raise UserError(
+                f"error {self.error!r} is what a language model loses, so it needs one: it is a loss of run.py (--loss "
+                f"{self.error}), not of a dictionary by itself, which takes {', '.join(get_args(ErrorKind))}"
+            )
         for name, allowed in choices:
             if getattr(self, name) not in get_args(allowed):
                 raise UserError(f"{name} is {getattr(self, name)!r}: allowed are {', '.join(get_args(allowed))}")
@@ -99,14 +106,13 @@ class LinearSettings(DictionarySettings):
             )
         if self.init == "zero" and self.decoder == "unit":
             raise UserError("init zero starts with atoms of norm 0, which a unit decoder cannot have: use decoder free")
-        if not self.decoder_bias and self.b_dec_init != "zero":
-            raise UserError(
-                f"b_dec_init {self.b_dec_init} needs a bias, but decoder_bias is off: leave one of them out"
-            )
+        require_bias(self.decoder_bias, self.b_dec_init)
         require_weight("auxk_coefficient", self.auxk_coefficient)
         require_weight("init_norm", self.init_norm)
         if self.k_aux is not None and self.k_aux < 1:
             raise UserError(f"k_aux is {self.k_aux}: it must be at least 1")
+        if self.dead_latents != "auxk" and (self.k_aux is not None or self.auxk_coefficient != AUXK_COEFFICIENT):
+            raise UserError(f"k_aux and auxk_coefficient are of dead_latents auxk, which is {self.dead_latents!r} here")
 
     @property
     def target_width(self) -> int:
@@ -122,6 +128,12 @@ def require_weight(name: str, value: float) -> None:
     """Raise UserError unless the weight of a term is a number of at least 0."""
     if not (value >= 0 and math.isfinite(value)):
         raise UserError(f"the {words(name)} is {value}: it must be 0 or a positive number")
+
+
+def require_bias(decoder_bias: bool, b_dec_init: str) -> None:
+    """Raise UserError for an initial value of a bias that is not there."""
+    if not decoder_bias and b_dec_init != "zero":
+        raise UserError(f"b_dec_init {b_dec_init} needs a bias, but decoder_bias is off: leave one of them out")
 
 
 def words(name: str) -> str:
@@ -265,7 +277,7 @@ class LinearDictionary(TrainableDictionary):
         b_dec = initial_bias(settings.b_dec_init, sample and sample.target, d_out)
         W_enc, b_enc, W_dec = initial_weights(
             settings.init, d_in, d_out, settings.d_sae, settings.init_norm, settings.d_out is not None,
-            generator, sample, b_dec,
+            generator, sample, b_dec, settings.subtracts,
         )  # fmt: skip
         values = {"W_dec": W_dec}
         if not settings.tied:

@@ -122,11 +122,15 @@ class Lp(LinearDictionary):
     def following_scale(self, f: Tensor, penalty: Tensor, stage: int, moment: Moment) -> dict[str, Tensor]:
         """The state after this step: p changes where the stage of one of the next ten steps is another."""
         settings, steps = self.settings, moment.steps
-        if settings.stage(min(moment.step + COMPARED_STEPS, steps - 1), steps) == stage:
+        ahead = [
+            settings.stage(moment.step + i, steps) for i in range(1, COMPARED_STEPS + 1) if moment.step + i < steps
+        ]
+        coming = next((other for other in ahead if other != stage), None)
+        if coming is None:
             return {}
-        following = self.penalty(f, settings.exponent(stage + 1))
+        following = self.penalty(f, settings.exponent(coming))
         compared = self.compared + torch.stack([penalty, following], dim=-1)
-        if settings.stage(moment.step + 1, steps) == stage:
+        if ahead[0] == stage:
             return {"compared": compared}
         now, then = compared.unbind(-1)
         factor = torch.where(then > 0, now / then, 1.0)

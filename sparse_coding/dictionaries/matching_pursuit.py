@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, DictionarySettings, Losses, Moment, Sample, TrainableDictionary
-from sparse_coding.dictionaries.linear import normalise_rows_, require_weight
+from sparse_coding.dictionaries.linear import normalise_rows_, require_bias, require_weight
 from sparse_coding.dictionaries.normalise import Affine
 from sparse_coding.dictionaries.objective import ErrorKind, reconstruction_error
 from sparse_coding.dictionaries.selection import require_k
@@ -53,11 +53,12 @@ class MatchingPursuitSettings(DictionarySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_k(self.k, self.d_sae)
+        require_k(self.k, self.d_sae, whole=True)
         require_weight("residual_threshold", self.residual_threshold)
         for name, allowed in (("error", ErrorKind), ("init", Start), ("b_dec_init", BiasInit)):
             if getattr(self, name) not in get_args(allowed):
                 raise UserError(f"{name} is {getattr(self, name)!r}: allowed are {', '.join(get_args(allowed))}")
+        require_bias(self.decoder_bias, self.b_dec_init)
 
 
 @final
@@ -85,7 +86,9 @@ class MatchingPursuit(TrainableDictionary):
     ) -> dict[str, Tensor]:
         width = settings.d_in
         b_dec = initial_bias(settings.b_dec_init, sample and sample.target, width)
-        atoms = initial_weights(settings.init, width, width, settings.d_sae, 1.0, False, generator, sample, b_dec)[2]
+        atoms = initial_weights(
+            settings.init, width, width, settings.d_sae, 1.0, False, generator, sample, b_dec, True
+        )[2]
         return {"W_dec": atoms, "b_dec": b_dec} if settings.decoder_bias else {"W_dec": atoms}
 
     def encode(self, x: Float[Tensor, "... B d_in"]) -> Float[Tensor, "... B d_sae"]:

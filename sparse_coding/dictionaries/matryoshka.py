@@ -15,7 +15,7 @@ prefixes twice). Random prefixes: Nabeshima, "Matryoshka sparse autoencoders" (2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, final, get_args
 
 import torch
@@ -59,13 +59,19 @@ class MatryoshkaSettings(LinearSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_k(self.k, self.d_sae)
+        require_k(self.k, self.d_sae, whole=False)
         if self.prefixes not in get_args(Prefixes):
             raise UserError(f"prefixes is {self.prefixes!r}: allowed are {', '.join(get_args(Prefixes))}")
         if self.prefixes == "fixed":
             group_ends(self.group_fractions, self.d_sae)
-        elif self.n_prefixes < 1:
+        if self.n_prefixes < 1:
             raise UserError(f"n_prefixes is {self.n_prefixes}: it must be at least 1")
+        unread = {"fixed": ("n_prefixes", "prefix_exponent"), "random": ("group_fractions",)}[self.prefixes]
+        for field in fields(self):
+            if field.name in unread and getattr(self, field.name) != field.default:
+                raise UserError(
+                    f"{field.name} is not read where prefixes is {self.prefixes!r}: leave one of the two out"
+                )
 
 
 @final

@@ -99,7 +99,8 @@ class ReLU(LinearDictionary):
         self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None, moment: Moment, dtype: torch.dtype
     ) -> StepResult | None:
         settings = self.settings
-        plain = settings.d_out is None and settings.error == "mse" and moment.error is None and moment.dead is None
+        reviving = moment.dead is not None and settings.dead_latents != "none"
+        plain = settings.d_out is None and settings.error == "mse" and moment.error is None and not reviving
         if not plain or (settings.decoder_bias and not settings.subtract_b_dec):
             return None
         error_weight, l1_weight = self.weights

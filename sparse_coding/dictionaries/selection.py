@@ -12,8 +12,12 @@ START = 10
 """k warm-up starts from ten times d_in latents, or from all where there are fewer (sparsify)."""
 
 
-def require_k(k: float, d_sae: int) -> None:
-    """Raise UserError unless 1 <= k <= d_sae."""
+def require_k(k: float, d_sae: int, whole: bool) -> None:
+    """Raise UserError unless 1 <= k <= d_sae, and k is whole where it is counted in each row."""
+    if whole and k != int(k):
+        raise UserError(
+            f"k is {k:g}: it is a whole number of latents in each row; batchtopk and matryoshka take a mean"
+        )
     if not 1 <= k <= d_sae:
         raise UserError(f"k is {k:g}, but the dictionary has {d_sae} latents: k must lie between 1 and {d_sae}")
 
@@ -53,7 +57,8 @@ def largest_of_batch(
     rows = scores.shape[-2]
     flat = scores.detach().flatten(-2)
     count = (k * rows).long().clamp(1, flat.shape[-1])
-    values = flat.topk(min(int(most * rows), flat.shape[-1]), dim=-1).values
+    # one more than int(most * rows): the product above may round up
+    values = flat.topk(min(int(most * rows) + 1, flat.shape[-1]), dim=-1).values
     last = values.gather(-1, (count - 1).unsqueeze(-1))
     return scores >= last.unsqueeze(-1)
 
@@ -83,6 +88,8 @@ def group_ends(fractions: tuple[float, ...], d_sae: int) -> list[int]:
 
 def random_ends(count: int, d_sae: int, exponent: float, generator: torch.Generator) -> list[int]:
     """`count` ends of prefixes, the last d_sae, the others drawn without replacement from P(m) ~ m^(-1 - exponent)."""
+    if min(count, d_sae) == 1:
+        return [d_sae]
     weights = torch.arange(1, d_sae, dtype=torch.float64) ** (-1 - exponent)
     drawn: Int[Tensor, " n"] = torch.multinomial(weights, min(count - 1, d_sae - 1), generator=generator) + 1
     return [*sorted(drawn.tolist()), d_sae]

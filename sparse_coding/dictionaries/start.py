@@ -28,6 +28,7 @@ def initial_weights(
     generator: torch.Generator,
     sample: Sample | None,
     b_dec: Float[Tensor, " d_out"],
+    subtracts: bool,
 ) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " d_sae"], Float[Tensor, "d_sae d_out"]]:
     """(W_enc, b_enc, W_dec).
 
@@ -35,7 +36,7 @@ def initial_weights(
     orthogonal  the same with (semi-)orthogonal directions
     kaiming     uniform within sqrt(6 / fan in), drawn apart (He et al., arXiv 1502.01852)
     data        directions of random rows of the data, less b_dec; W_enc = W_dec^T, or input and target of one row
-    zero        W_dec = 0 and b_enc = -mean(x) W_enc, as sparsify starts transcoders
+    zero        W_dec = 0 and b_enc = -mean(x) W_enc (of x - b_dec where that is subtracted), as sparsify's transcoders
     toy-2023    torch's Linear default for W_enc and b_enc, an orthogonal decoder
     """
     b_enc = torch.zeros(d_sae)
@@ -60,7 +61,8 @@ def initial_weights(
     W_enc = norm * encoder.T
     if init == "zero":
         assert sample is not None
-        return W_enc.clone(), -(sample.x.mean(0) @ W_enc), torch.zeros(d_sae, d_out)
+        centre = sample.x.mean(0) - b_dec if subtracts else sample.x.mean(0)
+        return W_enc.clone(), -(centre @ W_enc), torch.zeros(d_sae, d_out)
     return W_enc.clone(), b_enc, norm * W_dec
 
 

@@ -47,7 +47,7 @@ class TopKSettings(LinearSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_k(self.k, self.d_sae)
+        require_k(self.k, self.d_sae, whole=True)
         if self.selection not in get_args(Selection):
             raise UserError(f"selection is {self.selection!r}: allowed are {', '.join(get_args(Selection))}")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch.testing import assert_close
 
@@ -61,6 +62,21 @@ def test_an_auxiliary_term_that_is_not_frozen_trains_the_decoder():
     found = gradients(dictionary, dictionary.loss(X))
     assert_close(found["W_dec"], torch.tensor([[7.5 + 0.1, -5.0 - 0.2], [0.0, 0.0], [0.2, -0.4]]))
     assert_close(found["b_dec"], torch.tensor([3.0 - 6.7 + 0.3 + 0.2, -2.0 - 0.4]))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_skip_of_a_transcoder_is_frozen_in_the_auxiliary_term_too(frozen):
+    """One latent, x = 2: pi = 1, f = 3, x_hat = 3 + 1 - 2 = 2, and from the gate 1 + 1 - 2 = 0; the target is 1."""
+    settings = GatedSettings(1, 1, d_out=1, skip=True, frozen_auxiliary=frozen)
+    values = {"W_enc": 1.0, "b_gate": -1.0, "r_mag": 0.0, "b_mag": 1.0, "W_dec": 1.0, "b_dec": 1.0, "W_skip": -1.0}
+    shaped = {name: torch.full((1, 1) if name.startswith("W") else (1,), value) for name, value in values.items()}
+    dictionary = Gated.single(settings, shaped)
+    losses = dictionary.loss(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
+    assert_close((losses.x_hat, losses.terms["auxiliary"]), (torch.tensor([[2.0]]), torch.tensor(1.0)))
+    found = gradients(dictionary, losses)
+    # x_hat - target is 1 and, from the gate, -1: times two, and times what multiplies each parameter
+    for name, multiplier, from_gate in (("W_skip", 2, 2), ("b_dec", 1, 1), ("W_dec", 3, 1)):
+        assert float(found[name]) == pytest.approx(2 * multiplier - (0 if frozen else 2 * from_gate)), name
 
 
 def test_with_free_atoms_l1_counts_their_norms():

@@ -89,6 +89,20 @@ def test_a_single_row_may_be_the_median():
     assert_close(geometric_median(rows), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-7)
 
 
+def test_a_start_on_the_median_stays_there():
+    """The mean of these rows is one of them, and the pull of the others, 1 - sqrt(2), is less than its weight."""
+    rows = torch.tensor([[0.0, 0.0], [2.0, 0.0], [-1.0, 1.0], [-1.0, -1.0]])
+    assert torch.equal(geometric_median(rows, most_iterations=1), torch.zeros(2, dtype=torch.float64))
+
+
+def test_a_start_on_another_row_leaves_with_a_shortened_step():
+    """The pull of the others, 4 (1 - sqrt(2)), is taken less the weight of the row: by hand after one step."""
+    rows = torch.tensor([[0.0, 0.0], *[[2.0, 0.0], [-1.0, 1.0], [-1.0, -1.0]] * 4], dtype=torch.float64)
+    pull, weights = 4 * (1 - 2**0.5), 4 * (1 / 2 + 2 / 2**0.5)
+    step = pull / weights * (1 - 1 / abs(pull))
+    assert_close(geometric_median(rows, most_iterations=1), torch.tensor([step, 0.0], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("n", [1, 2, 6])
 def test_rows_all_at_one_point(n):
     assert_close(geometric_median(torch.full((n, 3), 0.1)), torch.full((3,), 0.1, dtype=torch.float32).double())

@@ -48,6 +48,16 @@ def test_gradients_are_finite_where_codes_are_zero(form):
     assert all(parameter.grad.isfinite().all() for parameter in dictionary.parameters())
 
 
+@pytest.mark.parametrize("form", ["sum", "norm"])
+def test_the_slope_of_the_penalty_itself_is_0_at_0(form):
+    """Else it would be infinite, and safe only behind a ReLU that masks rather than multiplies."""
+    f = torch.tensor([[0.0, 0.0, 0.0], [4.0, 0.0, 1.0]], requires_grad=True)
+    by_hand(p=0.5, p_end=0.5, form=form).penalty(f, 0.5).backward()
+    # d/df of sqrt(f) is 1/4 and 1/2; of (sqrt(4) + sqrt(1))^2 2 * 3 times that; both halved by the batch mean
+    slope = torch.tensor([0.25, 0.0, 0.5]) / 2 * (6 if form == "norm" else 1)
+    assert_close(f.grad, torch.stack([torch.zeros(3), slope]))
+
+
 def test_the_schedule_by_hand():
     settings = LpSettings(2, 2, p=1.0, p_end=0.2, anneal_start=0.5, anneal_steps=4)
     # twenty steps: p = 1 for ten, then four stages of two and a half

@@ -56,14 +56,16 @@ def test_the_slope_of_l2_is_finite_at_a_perfect_row():
 # ---- brute-force oracles, in plain Python, row by row
 
 
-def auxk_oracle(pre, residual, W_dec, dead, k_aux):
+def auxk_oracle(pre, residual, W_dec, dead, k_aux, scores=None, signed=False):
+    scores = (pre if scores is None else scores).tolist()
     pre, residual, W_dec = pre.tolist(), residual.tolist(), W_dec.tolist()
     dead_latents = [i for i, is_dead in enumerate(dead.tolist()) if is_dead]
     k_aux = min(k_aux, len(W_dec))
     total = 0.0
-    for row, e in zip(pre, residual, strict=True):
-        chosen = sorted(dead_latents, key=lambda i: -row[i])[:k_aux]
-        e_hat = [sum(max(row[i], 0.0) * W_dec[i][d] for i in chosen) for d in range(len(e))]
+    for b, (row, e) in enumerate(zip(pre, residual, strict=True)):
+        chosen = sorted(dead_latents, key=lambda i, b=b: -scores[b][i])[:k_aux]
+        codes = {i: row[i] if signed else max(row[i], 0.0) for i in chosen}
+        e_hat = [sum(codes[i] * W_dec[i][d] for i in chosen) for d in range(len(e))]
         total += sum((a - b) ** 2 for a, b in zip(e, e_hat, strict=True))
     return total / len(pre) * min(len(dead_latents) / k_aux, 1.0)
 
@@ -99,6 +101,15 @@ def test_auxk_against_loops(dead, k_aux):
     ours = auxk_error(PRE, TARGET - X_HAT, W_DEC, dead, k_aux)
     assert float(ours) == pytest.approx(auxk_oracle(PRE, TARGET - X_HAT, W_DEC, dead, k_aux), rel=1e-6)
     assert (float(ours) == 0) == (not dead.any())
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("k_aux", [1, 2, 6])
+def test_auxk_with_scores_of_its_own_against_loops(k_aux, signed):
+    scores = (PRE * torch.arange(1.0, F + 1)).abs() if signed else PRE * torch.arange(1.0, F + 1)
+    ours = auxk_error(PRE, TARGET - X_HAT, W_DEC, SOME, k_aux, scores, signed)
+    expected = auxk_oracle(PRE, TARGET - X_HAT, W_DEC, SOME, k_aux, scores, signed)
+    assert float(ours) == pytest.approx(expected, rel=1e-6)
 
 
 def test_auxk_by_hand():

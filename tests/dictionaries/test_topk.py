@@ -69,10 +69,15 @@ def test_free_atoms_count_by_what_they_would_add():
 
 
 def test_multi_topk_adds_an_eighth_of_the_error_with_4k_latents():
-    losses = by_hand(1, multi_topk=True).loss(X)
-    assert_close(losses.terms["multi_topk"], torch.tensor([16.0 / 8]))
-    assert_close(losses.total, torch.tensor([21.0 + 2]))
-    assert_close(losses.f, torch.tensor([[[3.0, 0.0, 0.0, 0.0]]]))
+    stack = by_hand(1, multi_topk=True, norms=(1.0, 1.0, 0.0, 1.0))
+    losses = stack.loss(X.abs())  # (3, 4, 1, 2): the third is kept of four, not of three, but its atom is zero
+    with torch.no_grad():
+        stack.W_dec[0, 2, 2] = 1.0
+    exact = stack.loss(X.abs())
+    assert_close(losses.terms["multi_topk"], torch.tensor([1.0 / 8]))
+    assert_close(exact.terms["multi_topk"], torch.tensor([0.0]))
+    assert_close(losses.total, torch.tensor([9 + 1 + 4 + 1 / 8]))
+    assert_close(losses.f, torch.tensor([[[0.0, 4.0, 0.0, 0.0]]]))
 
 
 def test_k_comes_down_with_the_warm_up():
@@ -100,6 +105,20 @@ def test_auxk_is_on_and_half_of_the_width_takes_part():
     assert_close(losses.total, torch.tensor([21 + 0.5 * 16]))
     one = by_hand(1, auxk_coefficient=0.5, k_aux=1).loss(X, moment=Moment(dead=dead))
     assert_close(one.terms["auxk"], torch.tensor([16.0 + 1]))
+
+
+def test_dead_latents_of_abs_topk_compete_by_size_and_keep_their_sign():
+    stack = by_hand(1, selection="abs", k_aux=1)
+    x = torch.tensor([[5.0, -4.0, 1.0, 2.0]])
+    losses = stack.loss(x, moment=Moment(dead=torch.tensor([[False, True, True, True]])))
+    assert_close(losses.terms["auxk"], torch.tensor([1.0 + 4]))  # -4 alone explains the first of (-4, 1, 2)
+
+
+def test_dead_latents_compete_by_what_they_would_add():
+    stack = by_hand(1, k_aux=1, decoder="free", norms=(1.0, 1.0, 10.0, 1.0))
+    x = torch.tensor([[50.0, -4.0, 1.0, 2.0]])
+    losses = stack.loss(x, moment=Moment(dead=torch.tensor([[False, True, True, True]])))
+    assert_close(losses.terms["auxk"], torch.tensor([16.0 + 81 + 4]))  # (0, 0, 10, 0) for (-4, 1, 2)
 
 
 @pytest.mark.parametrize("selection", ["topk", "abs", "group"])
