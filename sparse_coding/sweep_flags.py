@@ -130,6 +130,14 @@ class SweepFlags:
         for word in self.set:
             names, setting, values = self._setting(word)
             choose(setting, values, names)
+        for name, own in found.items():
+            unread = {"k_aux", "auxk_coefficient"} & own.keys()
+            methods = own.get("dead_latents") or (getattr(architecture(name).Settings, "dead_latents", "none"),)
+            if unread and "auxk" not in methods:
+                raise UserError(
+                    f"{' and '.join(sorted(unread))} of {name} would not be read: it belongs to dead_latents auxk, "
+                    f"which is {methods[0]!r} here; give --dead-latents auxk too"
+                )
         return found
 
     def _setting(self, word: str) -> tuple[Sequence[str], str, tuple[Any, ...]]:

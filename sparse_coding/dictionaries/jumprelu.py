@@ -44,8 +44,9 @@ class JumpReLUSettings(LinearSettings):
     """l0, or tanh: a smooth stand-in that also counts the size of codes."""
     bandwidth: float = 0.05
     """Width e of the window around the threshold that straight-through estimates use."""
-    initial_threshold: float = 0.01
-    """Of every latent."""
+    initial_threshold: float = 0.5
+    """Of every latent. Thresholds move by about the learning rate in a step, so a short run that starts near 0, as the
+    sources do (0.001), ends with far more active latents at the same error."""
 
     per_member: ClassVar[tuple[str, ...]] = ("l0_coefficient", "target_l0", "bandwidth", "auxk_coefficient")
     named: ClassVar[tuple[str, ...]] = ("l0_coefficient",)

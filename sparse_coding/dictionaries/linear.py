@@ -28,7 +28,6 @@ from sparse_coding.errors import UserError
 
 Decoder = Literal["unit", "free"]
 DeadLatents = Literal["none", "auxk", "ghost"]
-AUXK_COEFFICIENT = 1 / 32
 RESTARTED_NORM = 0.2
 """Length of a restarted encoder column, in mean lengths of the living ones (Bricken et al. 2023)."""
 
@@ -65,7 +64,7 @@ class LinearSettings(DictionarySettings):
     dead_latents: DeadLatents = "none"
     """What revives dead latents: none, auxk (they learn what the living ones leave), ghost (ghost gradients).
     Resampling is the trainer's."""
-    auxk_coefficient: float = AUXK_COEFFICIENT
+    auxk_coefficient: float = 1 / 32
     """Weight of AuxK."""
     k_aux: int | None = None
     """Dead latents that AuxK lets take part at once; by default half of d_out."""
@@ -111,8 +110,6 @@ class LinearSettings(DictionarySettings):
         require_weight("init_norm", self.init_norm)
         if self.k_aux is not None and self.k_aux < 1:
             raise UserError(f"k_aux is {self.k_aux}: it must be at least 1")
-        if self.dead_latents != "auxk" and (self.k_aux is not None or self.auxk_coefficient != AUXK_COEFFICIENT):
-            raise UserError(f"k_aux and auxk_coefficient are of dead_latents auxk, which is {self.dead_latents!r} here")
 
     @property
     def target_width(self) -> int:
@@ -367,8 +364,8 @@ class LinearDictionary(TrainableDictionary):
             own["architecture"] = f"crosscoder_{own['architecture']}"
         elif settings.d_out is not None:
             kind = "skip_transcoder" if settings.skip else "transcoder"
-            prefix = {"standard": "", "jumprelu": "jumprelu_"}
-            own["architecture"] = prefix.get(own["architecture"], own["architecture"] + "_") + kind
+            name: str = own["architecture"]
+            own["architecture"] = kind if name == "standard" else f"{name}_{kind}"
             own["d_out"] = settings.d_out
         return {**own, "apply_b_dec_to_input": settings.subtracts}
 

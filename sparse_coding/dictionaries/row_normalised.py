@@ -21,7 +21,8 @@ class RowNormalised(Dictionary):
 
     def __init__(self, inner: Dictionary, kind: RowNorm, parts: Sequence[int] = ()):
         super().__init__()
-        self.inner, self.kind, self.parts = inner, kind, tuple(parts)
+        self.inner, self.parts = inner, tuple(parts)
+        self.kind: RowNorm = kind
 
     @property
     def atoms(self) -> Float[Tensor, "d_sae d_in"]:

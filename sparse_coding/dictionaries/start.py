@@ -89,4 +89,4 @@ def _uniform(rows: int, columns: int, bound: float, generator: torch.Generator) 
 def _directions(rows: Float[Tensor, "n d"], generator: torch.Generator) -> Float[Tensor, "n d"]:
     """Unit rows; where a row is zero, a random direction."""
     empty = rows.norm(dim=-1, keepdim=True) == 0
-    return unit_rows(torch.where(empty, _random(*rows.shape, generator), rows))
+    return unit_rows(torch.where(empty, _random(len(rows), rows.shape[1], generator), rows))

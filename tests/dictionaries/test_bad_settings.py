@@ -52,7 +52,9 @@ OWN = [
     ("matryoshka", {"prefixes": "none"}, r"prefixes is 'none': allowed are fixed, random"),
     ("matryoshka", {"group_fractions": (0.5, 0.25)}, r"group fractions \(0.5, 0.25\) sum to 0.75: .* must sum to 1"),
     ("matryoshka", {"group_fractions": (0.01, 0.99)}, r"2 groups of 8 latents leave some group empty"),
-    ("matryoshka", {"prefixes": "random", "n_prefixes": 0}, r"n_prefixes is 0: it must be at least 1"),
+    ("matryoshka", {"n_prefixes": 0}, r"n_prefixes is 0: it must be at least 1"),
+    ("matryoshka", {"n_prefixes": 3, "group_fractions": (0.5, 0.5)}, r"n_prefixes is not read where prefixes is 'fixed'"),
+    ("matryoshka", {"prefixes": "random", "group_fractions": (0.5, 0.5)}, r"group_fractions is not read where prefixes"),
     ("jumprelu", {"l0_coefficient": -1.0}, r"L0 coefficient is -1.0: it must be 0 or a positive number"),
     ("jumprelu", {"initial_threshold": -0.1}, r"initial threshold is -0.1: it must be 0 or a positive number"),
     ("jumprelu", {"bandwidth": 0.0}, r"bandwidth is 0.0: it must be above 0, such as 0.05"),
@@ -108,8 +110,6 @@ def test_widths_below_one(name, field):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("matryoshka", {"prefixes": "random", "group_fractions": (0.5,)}),  # not read there
-        ("matryoshka", {"n_prefixes": 0}),
         ("lp", {"p": 0.5, "p_end": 0.5}),
         ("jumprelu", {"target_l0": 8.0}),
         ("topk", {"k": 8}),
