@@ -11,13 +11,14 @@ side by side; each is compared with the truth; heat maps show where recovery wor
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
 from sparse_coding import toy_study
+from sparse_coding.activations.objects import open_objects
 from sparse_coding.config import numbers, parse, to_dict
 from sparse_coding.device import pick_device
 from sparse_coding.errors import UserError, reported
@@ -27,8 +28,11 @@ from sparse_coding.provenance import provenance, short_hash
 from sparse_coding.report.toy_report import write_toy_report
 from sparse_coding.synthetic import World, WorldStream, preset
 from sparse_coding.training.estimate import estimate
+from sparse_coding.training.micro_batches import plan_without_memory
 from sparse_coding.training.run_folder import RunFolder
+from sparse_coding.training.safety import Safety
 from sparse_coding.training.sweep import Member, grid
+from sparse_coding.training.sync import Sync
 from sparse_coding.training.trainer import Trainer, TrainingSettings
 
 
@@ -89,7 +93,11 @@ class Study:
     fresh: bool = False
     """Start over, even if the folder holds a run."""
     checkpoint_seconds: float = 120.0
-    """Seconds between two checkpoints."""
+    """Seconds between two checkpoints; see --checkpoint-share."""
+    sync: str | None = None
+    """Copy the run to s3://bucket/prefix or a folder in the background, after each checkpoint and at the end. The same
+    command on another machine goes on from there."""
+    safety: Safety = field(default_factory=Safety)
 
 
 def complete(study: Study) -> tuple[Study, Grid]:
@@ -145,11 +153,12 @@ def main(study: Study) -> Path:
     }
     out = study.out or Path("outputs") / f"toy-{study.preset}-{short_hash(settings)}"
 
-    with RunFolder(out, settings, fresh=study.fresh) as folder:
+    sync = Sync(open_objects(study.sync)) if study.sync else None
+    with RunFolder(out, settings, study.fresh, sync) as folder:
         if folder.finished:
             print(f"the study in {out} is finished: drawing its report again (--fresh starts over)")
         else:
-            describe(members, chosen, stream, training, device)
+            describe(members, chosen, stream, training, device, study.safety)
             folder.note(provenance=provenance())
             folder.write_json("members.json", [member.to_dict() for member in members])
             train_and_measure(members, chosen.ratios, world, stream, training, study, device, folder)
@@ -158,13 +167,16 @@ def main(study: Study) -> Path:
         return write_toy_report(folder.path)
 
 
-def describe(members: list[Member], chosen: Grid, stream: WorldStream, training: TrainingSettings, device: str) -> None:
+def describe(
+    members: list[Member], chosen: Grid, stream: WorldStream, training: TrainingSettings, device: str, safety: Safety
+) -> None:
     l1 = numbers(chosen.l1, "--l1")
     print(
         f"world {chosen.world}: {stream.world.settings.n_features} features in {stream.world.settings.d_in} dimensions"
     )
     print(f"grid: {len(l1)} L1 values {l1[0]:.3g} to {l1[-1]:.3g} x ratios {' '.join(f'{r:g}' for r in chosen.ratios)}")
-    print(f"plan: {estimate(members, stream, training, device)}", flush=True)
+    with plan_without_memory(safety):
+        print(f"plan: {estimate(members, stream, training, device)}", flush=True)
 
 
 def train_and_measure(
@@ -177,9 +189,13 @@ def train_and_measure(
     device: str,
     folder: RunFolder,
 ) -> None:
-    trainer = Trainer(members, stream, training, device, folder, study.checkpoint_seconds)
+    trainer = Trainer(members, stream, training, device, folder, study.checkpoint_seconds, safety=study.safety)
     trainer.fit()
     save_dictionaries(trainer, folder.path)
+    if study.safety.keep_best:
+        with trainer.at_best() as kept:
+            if kept:
+                save_dictionaries(trainer, folder.path / "best")
 
     # Matching: against the truth, against the next larger dictionary, and on samples that training never saw.
     batches = toy_study.held_out(world, study.eval_samples, study.batch_size)

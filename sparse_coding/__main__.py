@@ -104,13 +104,30 @@ def report(arguments: Sequence[str]) -> None:
     print(f"report: {redraw(flags.folder)}")
 
 
+def harvest(arguments: Sequence[str]) -> None:
+    """keep a model's activations in a store, to train from again and again"""
+    from sparse_coding.harvest import HarvestFlags
+    from sparse_coding.harvest import harvest as run
+
+    run(parse(HarvestFlags, arguments, "python -m sparse_coding harvest", HarvestFlags.__doc__ or ""))
+
+
+def store(arguments: Sequence[str]) -> None:
+    """describe, verify, copy or merge stores of activations"""
+    from sparse_coding.activations.store_verbs import main
+
+    main(arguments)
+
+
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare-text": prepare_text,
     "train-lm": train_lm,
     "export-nanogpt": export_nanogpt,
     "import-nanogpt": import_nanogpt,
     "sites": sites,
+    "harvest": harvest,
     "report": report,
+    "store": store,
 }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from sparse_coding.activations.capture import capture as captured_activations
 from sparse_coding.activations.end_to_end import EndToEndStream
-from sparse_coding.activations.models import LanguageModel, cut_padding, load_model
+from sparse_coding.activations.models import WEIGHTS, LanguageModel, cut_padding, load_model
 from sparse_coding.activations.paired import JoinedStream, PairedStream
 from sparse_coding.activations.sites import resolve_all, site_name
 from sparse_coding.activations.stream import ActivationStream
@@ -20,8 +22,9 @@ from sparse_coding.activations.tokenizers import load_tokenizer
 from sparse_coding.activations.tokens import Contexts, contexts
 from sparse_coding.dictionaries.normalise import joined
 from sparse_coding.errors import UserError
+from sparse_coding.files import file_sha256
 from sparse_coding.formats.saelens import Normalised
-from sparse_coding.run_settings import RunSettings
+from sparse_coding.run_settings import RunSettings, SourceFlags
 from sparse_coding.sweep_flags import END_TO_END
 from sparse_coding.training.stream import NormalisedStream, Stream
 from sparse_coding.training.sweep import Member
@@ -38,17 +41,46 @@ class Place:
     site: str
 
 
+class Source(Protocol):
+    """Raw activations, from a model or from stores."""
+
+    batch_size: int
+    rows_per_epoch: int
+
+    @property
+    def widths(self) -> Mapping[str, int]: ...
+
+    def batch(self, step: int) -> dict[str, Tensor]: ...
+
+
+@dataclass
+class FromStores:
+    """What is particular to activations that come from stores."""
+
+    lines: list[str]
+    """What the run says about them."""
+    facts: dict[str, Any]
+    """Which stores, and checksums: a run goes on with the same rows only."""
+    apart: Callable[[int], Mapping[str, Float[Tensor, "N d_in"]]] | None
+    """Up to so many rows kept out of training, by site, where dictionaries cannot be measured on held-out text."""
+
+
 @dataclass
 class Captured:
-    """A model, the text it reads, and its activations as a stream."""
+    """Activations as a stream, and the model and text that dictionaries are measured on."""
 
-    model: LanguageModel
+    device: str
+    model: LanguageModel | None
+    """None where it cannot be loaded, which only training from stores survives; then no text is read either."""
     tokenizer: Any
     places: dict[str, Place]
-    """Every site of the stream that is captured, by its name in the stream."""
-    train: Contexts
-    held_out: Contexts
-    source: ActivationStream | EndToEndStream | PairedStream
+    """Every site of the stream that is captured, by its name in the stream; none without a model."""
+    text: dict[str, Any]
+    """Identity of the text trained on."""
+    n_tokens: int
+    context: int
+    held_out: Contexts | None
+    source: Source
     normalised: NormalisedStream
     stream: Stream
     """What is trained on: the source, normalised, with the sites of a crosscoder joined."""
@@ -56,11 +88,25 @@ class Captured:
     """Input site -> target site, for transcoders."""
     parts: dict[str, list[str]] = field(default_factory=dict)
     """Joined site -> the sites side by side in it, for crosscoders."""
+    stores: FromStores | None = None
+
+    @property
+    def sites(self) -> list[str]:
+        """Sites of the source."""
+        return list(self.source.widths)
+
+    @property
+    def seconds_waiting(self) -> float:
+        """Time that was waited for raw activations so far: for the model, or for a store."""
+        for name in ("seconds_waiting", "seconds_capturing"):
+            if hasattr(self.source, name):
+                return getattr(self.source, name)
+        return 0.0
 
     @property
     def trained_sites(self) -> list[str]:
         """Sites that dictionaries encode."""
-        return list(self.parts or self.targets or self.places)
+        return list(self.parts or self.targets or self.sites)
 
     @property
     def trained_widths(self) -> dict[str, int]:
@@ -93,7 +139,7 @@ class Captured:
         for model in dict.fromkeys(self.places[one].model for one in sites):
             there = {name: place.site for name, place in self.places.items() if place.model is model and name in sites}
             captured = captured_activations(model, tokens, list(there.values()))
-            found += [(name, captured[there[name]].to(self.model.device)) for name in there]
+            found += [(name, captured[there[name]].to(self.device)) for name in there]
         rows = dict(found)
         return torch.cat([rows[one].float() for one in sites], dim=-1)
 
@@ -101,32 +147,64 @@ class Captured:
 def capture(settings: RunSettings) -> Captured:
     """Load the model, tokenize the text, and set up the stream of activations; nothing is trained yet."""
     flags = settings.model
-    model = load_model(flags.model, device=flags.device, dtype=flags.model_dtype, gelu=flags.gelu)
-    names = list(flags.sites) or [site_name(model, layer, flags.location) for layer in flags.layer]
-    targets = target_sites(settings, model, names)
+    model, names = open_model(flags)
+    targets = target_sites(settings, names, model)
     captured_sites = list(dict.fromkeys([*names, *targets.values()]))
     resolve_all(model, captured_sites)  # a wrong name is an error before any text is read
-    tokenizer = load_tokenizer(flags.tokenizer or model.path)
-    if flags.tokenizer or model.from_nanogpt:
-        cut_padding(model, tokenizer)
-    context = context_length(settings, model)
+    tokenizer = open_tokenizer(flags, model)
+    context = context_length(settings.text.context, model)
     training, kept = (packed_text(settings, tokenizer, context, part) for part in ("train", "held_out"))
     source = open_source(settings, model, training, captured_sites)
     places = {site: Place(model, site) for site in captured_sites}
     if flags.also_model:
         source, places = with_other_models(settings, source, names)
+    normalised, stream, parts = prepared(settings, source, list(places))
+    return Captured(
+        str(model.device), model, tokenizer, places, training.identity, training.n_tokens, context, kept,
+        source, normalised, stream, targets, parts,
+    )  # fmt: skip
+
+
+def open_model(flags: SourceFlags) -> tuple[LanguageModel, list[str]]:
+    """The model and the names of the sites asked for."""
+    model = load_model(flags.model, device=flags.device, dtype=flags.model_dtype, gelu=flags.gelu)
+    return model, list(flags.sites) or [site_name(model, layer, flags.location) for layer in flags.layer]
+
+
+def open_tokenizer(flags: SourceFlags, model: LanguageModel) -> Any:
+    """The model's tokenizer; what no token of it needs is cut off the model."""
+    tokenizer = load_tokenizer(flags.tokenizer or model.path)
+    if flags.tokenizer or model.from_nanogpt:
+        cut_padding(model, tokenizer)
+    return tokenizer
+
+
+def revision(model: LanguageModel) -> str:
+    """What tells a model's weights from others of the same name: the hub's commit, or a hash of its files."""
+    commit = getattr(model.config, "_commit_hash", None)
+    if commit:
+        return f"commit {commit}"
+    path = Path(model.path)
+    files = [path] if path.is_file() else sorted(file for kind in ("config.json", *WEIGHTS) for file in path.glob(kind))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return f"sha256 {digest.hexdigest()}"
+
+
+def prepared(
+    settings: RunSettings, source: Source, sites: Sequence[str]
+) -> tuple[NormalisedStream, Stream, dict[str, list[str]]]:
+    """The source normalised; the same with sites joined where crosscoders are trained; what is joined."""
     normalised = NormalisedStream(source, settings.sweep.normalise)
-    stream: Stream = normalised
-    parts = {}
-    if flags.crosscoder:
-        if len(places) < 2:
-            raise UserError(
-                f"--crosscoder needs several sites, {next(iter(places))} is one: "
-                "give more layers or sites, or --also-model"
-            )
-        parts = {"+".join(places): list(places)}
-        stream = JoinedStream(normalised, "+".join(places), list(places))
-    return Captured(model, tokenizer, places, training, kept, source, normalised, stream, targets, parts)
+    if not settings.model.crosscoder:
+        return normalised, normalised, {}
+    if len(sites) < 2:
+        raise UserError(
+            f"--crosscoder needs several sites, {sites[0]} is one: give more layers or sites, or --also-model"
+        )
+    name = "+".join(sites)
+    return normalised, JoinedStream(normalised, name, list(sites)), {name: list(sites)}
 
 
 def packed_text(settings: RunSettings, tokenizer: Any, context: int, part: Literal["train", "held_out"]) -> Contexts:
@@ -138,10 +216,11 @@ def packed_text(settings: RunSettings, tokenizer: Any, context: int, part: Liter
     return contexts(text, tokenizer, part=part, context=context, max_tokens=wanted, exclude_special=special)
 
 
-def target_sites(settings: RunSettings, model: LanguageModel, names: list[str]) -> dict[str, str]:
+def target_sites(settings: RunSettings, names: list[str], model: LanguageModel | None = None) -> dict[str, str]:
     """Input site -> target site of the transcoders, none where none are asked for."""
     flags = settings.model
     if flags.target_location:
+        assert model is not None
         if flags.sites:
             raise UserError("--target-location goes with --layer and --location: with --sites give --target-sites")
         found = {
@@ -155,13 +234,13 @@ def target_sites(settings: RunSettings, model: LanguageModel, names: list[str]) 
     return found
 
 
-def context_length(settings: RunSettings, model: LanguageModel) -> int:
+def context_length(asked: int | None, model: LanguageModel) -> int:
     """Tokens per context."""
-    context = settings.text.context
+    context = asked
     if context is None:
         context = min(DEFAULT_CONTEXT, model.max_positions or DEFAULT_CONTEXT)
     if model.max_positions is not None and context > model.max_positions:
-        raise UserError(f"--context is {context}: {settings.model.model} takes at most {model.max_positions} tokens")
+        raise UserError(f"--context is {context}: {model.name} takes at most {model.max_positions} tokens")
     return context
 
 

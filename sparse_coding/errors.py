@@ -20,6 +20,20 @@ class Interrupted(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM); its state is saved and the message says how to go on."""
 
 
+OUT_OF_MEMORY = (
+    "error: out of memory; lower --batch-size, --buffer-rows or --ratios, or train fewer dictionaries at once; "
+    "what was saved stays"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU (torch.OutOfMemoryError) or the machine had no memory left; without importing torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
 def near(word: str, known: Iterable[str], count: int = 3) -> str:
     """A ready-made clause such as `; did you mean 'layer'?`, empty when nothing is close."""
     matches = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
@@ -48,6 +62,11 @@ def reported() -> Iterator[None]:
     except BrokenPipeError:  # whoever read our lines has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(OUT_OF_MEMORY, file=sys.stderr)
+        raise SystemExit(2) from None
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -41,7 +41,8 @@ def evaluate(settings: RunSettings, captured: Captured, trainer: Trainer, folder
     def inference(index: int) -> Dictionary:
         return captured.at_inference(members[index]).at_inference(trainer.dictionary(index))
 
-    print(f"evaluating {len(members)} dictionaries on held-out text", flush=True)
+    on = "held-out text" if captured.held_out is not None else "rows of the stores kept out of training"
+    print(f"evaluating {len(members)} dictionaries on {on}", flush=True)
     kept = held_out(captured, settings.eval_rows)
     recovered = loss_recovered(settings, captured, members, inference, kept)
     with_larger = stability(members, inference)
@@ -58,7 +59,7 @@ def evaluate(settings: RunSettings, captured: Captured, trainer: Trainer, folder
             ratio = member.settings.d_sae / member.settings.d_in
             records.append(record(member, ratio, reconstruction, metrics))
             progress.update(index + 1)
-    if settings.evaluation.latents:
+    if settings.evaluation.latents and captured.held_out is not None:
         folder.write_json("latents.json", list_latents(settings, captured, members, inference, kept, records))
     folder.finish(records)
     for mirror in trainer.loggers:
@@ -73,28 +74,36 @@ class HeldOut:
 
     rows: dict[str, Float[Tensor, "N d_in"]]
     """By site of the stream, joined ones included."""
-    places: Int[Tensor, "N 2"]
-    """(context, position) of each row."""
+    places: Int[Tensor, "N 2"] | None
+    """(context, position) of each row; None for rows of stores."""
 
 
 def held_out(captured: Captured, wanted: int) -> HeldOut:
     """Up to `wanted` held-out activations of each site, in the order of the text."""
+    rows: dict[str, Tensor] = {}
+    if captured.stores is not None and captured.stores.apart is not None:
+        return HeldOut(with_joined(captured, dict(captured.stores.apart(wanted))), None)
     kept = captured.held_out
+    assert kept is not None
     counted = np.ones(kept.tokens.shape, dtype=bool) if kept.mask is None else kept.mask
     places = torch.from_numpy(np.argwhere(counted)[:wanted])
     n_contexts = int(places[-1, 0]) + 1 if len(places) else 0
-    rows: dict[str, Tensor] = {}
     for model in dict.fromkeys(place.model for place in captured.places.values()):
         there = {name: place.site for name, place in captured.places.items() if place.model is model}
         found = captured_rows(model, kept, slice(n_contexts), list(dict.fromkeys(there.values())))
-        rows |= {name: found[site][: len(places)].float().to(captured.model.device) for name, site in there.items()}
-    rows |= {name: torch.cat([rows[site] for site in sites], dim=1) for name, sites in captured.parts.items()}
-    return HeldOut(rows, places)
+        rows |= {name: found[site][: len(places)].float().to(captured.device) for name, site in there.items()}
+    return HeldOut(with_joined(captured, rows), places)
+
+
+def with_joined(captured: Captured, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows by site, and those of the joined sites."""
+    return rows | {name: torch.cat([rows[site] for site in sites], dim=1) for name, sites in captured.parts.items()}
 
 
 def token_batches(captured: Captured, wanted: int) -> Iterator[tuple[Tensor, Tensor]]:
     """About `wanted` held-out tokens and which of them count, as (tokens, counted) batches without padding."""
     kept = captured.held_out
+    assert kept is not None
     n_contexts, context = kept.tokens.shape
     full = n_contexts - 1 if kept.n_padding else n_contexts
     last = min(full, -(-wanted // context))
@@ -118,9 +127,11 @@ def loss_recovered(
 
     A transcoder's goes in at its target site, made from its input site in the untouched model. A crosscoder's goes in
     at one of its sites at a time: the mean over the sites counts, and each stands under `by_site`. Nothing for a model
-    without a head that predicts tokens.
+    without a head that predicts tokens, and where no model could be loaded.
     """
     found: dict[str, dict[str, Any]] = {member.name: {} for member in members}
+    if captured.model is None:
+        return found
     for output in dict.fromkeys(member.output_site for member in members):
         at = [(i, member) for i, member in enumerate(members) if member.output_site == output]
         by_site = {}
@@ -194,6 +205,8 @@ def list_latents(
     records: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Top contexts of latents of the best dictionary of each site."""
+    assert captured.held_out is not None
+    assert kept.places is not None
     last = int(kept.places[-1, 0]) + 1
     words = [captured.tokenizer.batch_decode([[t] for t in row.tolist()]) for row in captured.held_out.tokens[:last]]
     found = []

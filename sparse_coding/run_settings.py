@@ -19,6 +19,7 @@ from sparse_coding.sweep_flags import END_TO_END, SweepFlags
 from sparse_coding.training.dead import DeadSettings
 from sparse_coding.training.optimizer import OptimizerName, OptimizerSettings, Schedule
 from sparse_coding.training.precision import Precision
+from sparse_coding.training.safety import Safety
 from sparse_coding.training.trainer import TrainingSettings
 
 DEFAULT_MODEL = "python-gpt-large"
@@ -28,8 +29,8 @@ Location = Literal["mlp", "mlp_in", "mlp_out", "attn", "attn_out", "resid_pre", 
 
 
 @dataclass(frozen=True)
-class ModelFlags:
-    """Which activations are studied."""
+class SourceFlags:
+    """Which activations are taken."""
 
     model: str = DEFAULT_MODEL
     """A Hugging Face name (gpt2, EleutherAI/pythia-70m-deduped, bert-base-uncased), a local folder in Hugging Face
@@ -42,13 +43,23 @@ class ModelFlags:
     """A tokenizer's Hugging Face name or folder; by default the model's own. That of a checkpoint of nanoGPT is looked
     for beside it and in data/DATASET, as nanoGPT has it, and is GPT-2's where the vocabulary has its size."""
     layer: tuple[int, ...] = (2,)
-    """Layers, counted from 0; several train one sweep each from the same forward passes."""
+    """Layers, counted from 0; several are read in the same forward passes."""
     location: Location = "mlp"
     """Where in the layer: mlp is the hidden activation of the MLP, mlp_in what the MLP reads, attn the mixed values of
     all heads."""
     sites: tuple[str, ...] = ()
     """Sites by name instead of --layer and --location: transformer-lens names (blocks.2.mlp.hook_post) or module names
     (transformer.h.2.mlp.act, with :in or :out). List them with `python -m sparse_coding sites --model ...`."""
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the model: auto is bfloat16 on a GPU, float32 elsewhere."""
+    device: str = "auto"
+    """auto (cuda, mps, cpu), or one of them."""
+
+
+@dataclass(frozen=True)
+class ModelFlags(SourceFlags):
+    """Which activations are studied; at each site the whole sweep is trained."""
+
     target_location: Location | None = None
     """Train transcoders: from the activations at --location predict those here, such as mlp_in and mlp_out."""
     target_sites: tuple[str, ...] = ()
@@ -60,10 +71,6 @@ class ModelFlags:
     also_model: tuple[str, ...] = ()
     """With --crosscoder: further models with the same tokenizer, read on the same text, whose sites lie side by side
     with those of the first."""
-    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the model: auto is bfloat16 on a GPU, float32 elsewhere."""
-    device: str = "auto"
-    """auto (cuda, mps, cpu), or one of them."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,75 @@ class TextFlags:
     exclude_special: bool = False
     """Leave out the activations of special tokens (separators, BOS, [CLS], [SEP])."""
 
+    def check(self) -> None:
+        """Raise UserError for values out of range."""
+        if not 0 < self.held_out < 1:
+            raise UserError(f"--held-out is {self.held_out}: it must lie between 0 and 1, such as 0.05")
+        if self.context is not None and self.context < 2:
+            raise UserError(f"--context is {self.context}: a context holds at least 2 tokens")
+
+    def settings(self, model: str) -> TextSettings:
+        """What `contexts` takes, with the text of the model where none is named."""
+        return TextSettings(
+            source=self.text or default_text(model),
+            config=self.text_config,
+            split=self.text_split,
+            column=self.text_column,
+            streaming=self.streaming,
+            max_documents=self.max_documents,
+            held_out=self.held_out,
+        )
+
+
+@dataclass(frozen=True)
+class StoreFlags:
+    """Train from stores of `python -m sparse_coding harvest` instead of running the model."""
+
+    activations: tuple[str, ...] = ()
+    """One or several stores: folders or s3://bucket/prefix. Model, text and sites are theirs: --sites chooses some of
+    the sites (all by default), --model and --text say where those lie now if not where they were."""
+    activation_weights: tuple[float, ...] = ()
+    """How often the rows of each store come in one pass, such as 1 0.5; by default 1."""
+    skip_damaged: bool = False
+    """Leave out shards that are damaged or missing, and count them, instead of stopping."""
+    allow_incomplete: bool = False
+    """Train from what is there of a store whose harvest has not ended."""
+
+    def check(self, model: ModelFlags, text: TextFlags, loss: str) -> None:
+        """Raise UserError for flags that make no sense together, or would not be read."""
+        if not self.activations:
+            for name, value in vars(self).items():
+                if value:
+                    raise UserError(f"--{name.replace('_', '-')} is for training from stores: give --activations too")
+            return
+        if len(set(self.activations)) < len(self.activations):
+            raise UserError("--activations names a store twice: give each once, and --activation-weights for its share")
+        weights = self.activation_weights
+        if weights and (len(weights) != len(self.activations) or not all(0 < w < float("inf") for w in weights)):
+            given = " ".join(f"{weight:g}" for weight in weights)
+            raise UserError(
+                f"--activation-weights is {given}: give one positive number for each of {len(self.activations)} stores"
+            )
+        if loss in END_TO_END:
+            raise UserError(
+                f"--loss {loss} runs the model on whole contexts, which a store does not hold: leave --activations "
+                "out, or use mse"
+            )
+        if model.also_model:
+            raise UserError("--also-model reads the text in several models, a store holds one: leave --activations out")
+        usual = ModelFlags()
+        for flag in ("layer", "location", "target_location"):
+            if getattr(model, flag) != getattr(usual, flag):
+                other = "--target-sites" if flag == "target_location" else "--sites"
+                raise UserError(f"--{flag.replace('_', '-')} with --activations: name the store's sites with {other}")
+        if text.text is None:
+            for flag, value in vars(text).items():
+                if value != getattr(TextFlags(), flag):
+                    raise UserError(
+                        f"--{flag.replace('_', '-')} with --activations: the text is the store's, as it was harvested; "
+                        "give --text too to evaluate on another"
+                    )
+
 
 @dataclass(frozen=True)
 class TrainingFlags:
@@ -98,7 +174,7 @@ class TrainingFlags:
 
     tokens: str = "auto"
     """Activations to train on, such as 500k, 2M, 1B; more than the text has means several passes over it. auto: 600k
-    for a bundled model, 5M for others."""
+    for a bundled model, 5M for others, one pass over --activations."""
     batch_size: int = 512
     """Activations per update."""
     optimizer: OptimizerName = "adam"
@@ -161,7 +237,10 @@ class OutputFlags:
     fresh: bool = False
     """Start over, even if the folder holds a run."""
     checkpoint_seconds: float = 120.0
-    """Seconds between two checkpoints."""
+    """Seconds between two checkpoints; see --checkpoint-share."""
+    sync: str | None = None
+    """Copy the run to s3://bucket/prefix or a folder in the background, after each checkpoint and at the end. The same
+    command on another machine goes on from there."""
     wandb: Literal["off", "online", "offline"] = "off"
     """Mirror the logs to Weights & Biases."""
     wandb_project: str = "sparse-coding"
@@ -174,10 +253,12 @@ class RunSettings:
 
     model: ModelFlags = field(default_factory=ModelFlags)
     text: TextFlags = field(default_factory=TextFlags)
+    stores: StoreFlags = field(default_factory=StoreFlags)
     sweep: SweepFlags = field(default_factory=SweepFlags)
     training: TrainingFlags = field(default_factory=TrainingFlags)
     evaluation: EvaluationFlags = field(default_factory=EvaluationFlags)
     output: OutputFlags = field(default_factory=OutputFlags)
+    safety: Safety = field(default_factory=Safety)
 
     def __post_init__(self) -> None:
         training = self.training
@@ -191,13 +272,11 @@ class RunSettings:
         for flag, value in (("--eval-rows", self.eval_rows), ("--splice-tokens", self.splice_tokens)):
             if value < 1:
                 raise UserError(f"{flag} is {value}: it must be at least 1")
-        if not 0 < self.text.held_out < 1:
-            raise UserError(f"--held-out is {self.text.held_out}: it must lie between 0 and 1, such as 0.05")
-        if self.text.context is not None and self.text.context < 2:
-            raise UserError(f"--context is {self.text.context}: a context holds at least 2 tokens")
+        self.text.check()
         if self.evaluation.latents < 0:
             raise UserError(f"--latents is {self.evaluation.latents}: it must be 0 or more")
         model, loss = self.model, self.sweep.loss
+        self.stores.check(model, self.text, loss)
         if model.target_sites and (len(model.target_sites) != len(model.sites) or model.target_location):
             raise UserError(
                 f"--target-sites names {len(model.target_sites)} sites and --sites {len(model.sites)}: give one target "
@@ -283,21 +362,16 @@ class RunSettings:
         return count(self.evaluation.splice_tokens, "--splice-tokens")
 
     def text_settings(self) -> TextSettings:
-        flags = self.text
-        return TextSettings(
-            source=flags.text or default_text(self.model.model),
-            config=flags.text_config,
-            split=flags.text_split,
-            column=flags.text_column,
-            streaming=flags.streaming,
-            max_documents=flags.max_documents,
-            held_out=flags.held_out,
-        )
+        return self.text.settings(self.model.model)
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what comes out: a run can be continued with the same ones only."""
         known = to_dict(self)
-        del known["output"]
+        del known["output"], known["safety"]
+        for name in ("skip_damaged", "allow_incomplete"):  # a run that meets damage goes on with what is left
+            del known["stores"][name]
+        if not self.stores.activations:
+            del known["stores"]
         checkpoint = checkpoint_file(self.model.model)
         if checkpoint is not None and checkpoint.is_file():  # nanoGPT writes to the same file again and again
             known["checkpoint_sha256"] = file_sha256(checkpoint)

@@ -4,6 +4,7 @@ The contexts of an epoch are permuted by (seed, epoch) and cut into blocks that 
 rows of a block are captured together and permuted by (seed, epoch, block). The blocks end to end, epoch after epoch,
 are one endless sequence of rows: batch number `step` is its rows [step * B, (step + 1) * B). How many rows a context
 gives is known from its mask alone, so any batch can be asked for at once, and a resumed run needs no saved state.
+Without shuffling, both permutations are the identity: rows come in the order of the text, as a store holds them.
 """
 
 from __future__ import annotations
@@ -59,12 +60,16 @@ class ActivationStream:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         contexts_per_forward: int | None = None,
+        shuffled: bool = True,
     ) -> None:
         """dtype: of the rows served. contexts_per_forward: contexts the model reads at once, by default by device.
+
+        shuffled: False serves the rows in the order of the text, for comparisons; `seed` is then unused.
 
         Raises UserError when the text gives fewer rows than one batch, or the buffer holds fewer.
         """
         self.model, self.contexts, self.batch_size, self.seed, self.dtype = model, contexts, batch_size, seed, dtype
+        self.shuffled = shuffled
         self.sites = resolve_all(model, sites)
         self.contexts_per_forward = contexts_per_forward or default_contexts_per_forward(model, contexts)
         self._counts = rows_per_context(contexts)
@@ -120,7 +125,7 @@ class ActivationStream:
     def _epoch_at(self, number: int) -> _Epoch:
         if self._epoch is None or self._epoch.number != number:
             n = len(self._counts)
-            order = torch.randperm(n, generator=_generator(self.seed, number)).numpy()
+            order = self._permutation(n, number).numpy()
             # Equal blocks rather than full ones and a small rest, whose rows would hardly be mixed.
             borders = np.linspace(0, n, self._n_blocks + 1).round().astype(np.int64)
             rows_before = np.concatenate([[0], np.cumsum(self._counts[order])])
@@ -143,11 +148,14 @@ class ActivationStream:
             for name, x in captured.items():
                 self._check_finite(name, x, chosen)
             n_rows = int(epoch.starts[index + 1] - epoch.starts[index])
-            order = torch.randperm(n_rows, generator=_generator(self.seed, *key))
+            order = self._permutation(n_rows, *key)
             self._block = _Block(key, captured, order.to(self.model.device))
             self.seconds_capturing += time.perf_counter() - start
             self.rows_captured += n_rows
         return self._block
+
+    def _permutation(self, n: int, *key: int) -> Int[Tensor, " n"]:
+        return torch.randperm(n, generator=keyed_generator(self.seed, *key)) if self.shuffled else torch.arange(n)
 
     def _check_finite(self, name: str, x: Float[Tensor, "rows d_in"], chosen: Int[np.ndarray, " n"]) -> None:
         """One sum per block; only where it is not finite, which large finite values can cause too, a closer look."""
@@ -175,7 +183,7 @@ class ActivationStream:
         )
 
 
-def _generator(*key: int) -> torch.Generator:
-    """A generator for (seed, epoch) or (seed, epoch, block): hashed, so that near keys have nothing in common."""
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A generator for (seed, epoch), (seed, epoch, block), ...: hashed, so that near keys have nothing in common."""
     digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

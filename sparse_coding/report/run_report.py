@@ -83,6 +83,10 @@ def _shape(run: RunData) -> list[tuple[str, str]]:
     if not math.isnan(tokens):
         shape.append(("training tokens", f"{tokens:,.0f}"))
     shape.append(("members", str(len(run.records))))
+    waited = run.settings.get("training")
+    share = number(waited.get("share_waiting")) if isinstance(waited, Mapping) else math.nan
+    if not math.isnan(share):
+        shape.append(("waiting for data", f"{share:.1%} of the training time"))
     return shape
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from sparse_coding.kernels.result import StepResult
 from sparse_coding.training.allocator import keep_freed_memory
 from sparse_coding.training.dead import Clocks, DeadSettings
 from sparse_coding.training.loss_scale import LossScale
+from sparse_coding.training.micro_batches import MicroBatches, looks_at_whole_batch
 from sparse_coding.training.optimizer import OptimizerSettings, make_optimizer
 from sparse_coding.training.sweep import Member
 
@@ -72,6 +74,7 @@ class Stack:
         self.clocks = Clocks((len(members), members[0].settings.d_sae), dead or DeadSettings(), device)
         self.revives = getattr(members[0].settings, "dead_latents", "none") != "none"
         self.loss_scale = LossScale(len(members), device) if dtype == torch.float16 else None
+        self.micro = MicroBatches(members[0].name)
         self.sums = {name: torch.zeros(len(members), dtype=torch.float64, device=device) for name in METRICS}
         self.steps_summed = 0
 
@@ -84,7 +87,7 @@ class Stack:
         x, target = self.rows(batch)
         if self.revives and self.clocks.possible(moment.step, len(x)):
             moment = moment._replace(dead=self.clocks.dead())
-        result = self._gradients(x, target, moment)
+        result = self.micro.gradients(self._gradients, x, target, moment)
         self.dictionary.constrain_gradients_(result.gradients)
         if self.loss_scale is None:
             self._update(result, scale)
@@ -96,6 +99,13 @@ class Stack:
                 value.copy_(torch.where(finite.view(-1, *[1] * (value.ndim - 1)), value, before[name]))
             self.loss_scale.update(finite)
         self._count(result, len(x), moment.step)
+
+    def allow_micro_batches(self, pieces: int = 1) -> None:
+        """Take batches in pieces where memory does not hold them whole, from the first on in `pieces`."""
+        d_out = self.members[0].settings.target_width if self.target else None
+        whole = looks_at_whole_batch(self.dictionary, gradients_by_autograd, d_out, self.revives)
+        self.micro = MicroBatches(self.members[0].name, allowed=True, whole=whole)
+        self.micro.pieces = pieces
 
     def _gradients(self, x: Tensor, target: Tensor | None, moment: Moment) -> StepResult:
         if self.loss_scale is not None:
@@ -148,8 +158,9 @@ class Stack:
         return one
 
     def averages(self) -> dict[str, list[float]]:
-        """Means over the steps since the last call, and how many latents are dead, per member."""
-        means = {name: (value / max(self.steps_summed, 1)).tolist() for name, value in self.sums.items()}
+        """Means over the steps since the last call (NaN without any), and how many latents are dead, per member."""
+        steps = self.steps_summed or math.nan
+        means = {name: (value / steps).tolist() for name, value in self.sums.items()}
         means["dead"] = self.clocks.dead().sum(1).tolist()
         for value in self.sums.values():
             value.zero_()

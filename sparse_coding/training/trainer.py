@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +19,14 @@ from sparse_coding.errors import Interrupted, UserError
 from sparse_coding.progress import Progress, quantity
 from sparse_coding.training import checkpoint
 from sparse_coding.training.dead import DeadSettings
+from sparse_coding.training.micro_batches import memory_for
 from sparse_coding.training.optimizer import OptimizerSettings
 from sparse_coding.training.precision import Precision, products_dtype
 from sparse_coding.training.resample import resample
 from sparse_coding.training.run_folder import RunFolder
+from sparse_coding.training.safety import CheckpointClock, Safety
 from sparse_coding.training.stack import Stack
+from sparse_coding.training.stopping import Stopping, StopRequested
 from sparse_coding.training.stream import Stream, first_rows
 from sparse_coding.training.sweep import Member, split_into_stacks, stack_bytes
 
@@ -35,6 +36,9 @@ StepError = Callable[[int, str], ErrorFunction]
 
 SAMPLE_ROWS = 32_768
 """Rows that initial values are taken from."""
+UNDISTURBED = Safety()
+MOST_SKIPPED = 20
+"""Batches left out one after another before the run stops: by then it is no bad batch."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,12 @@ class TrainingSettings:
 
 
 class Trainer:
-    """Trains every member on one stream. With a run folder it logs, checkpoints and resumes from it."""
+    """Trains every member on one stream. With a run folder it logs, checkpoints and resumes from it.
+
+    Rows or losses that are no numbers are looked for where the loop waits for the device anyway: at every line of the
+    log and before every checkpoint (on a CPU, which never waits, the rows of each batch). What is saved is therefore
+    always from before them. See `_go_back`.
+    """
 
     def __init__(
         self,
@@ -78,46 +87,58 @@ class Trainer:
         checkpoint_seconds: float = 120.0,
         loggers: Sequence[Logger] = (),
         error: StepError | None = None,
+        safety: Safety = UNDISTURBED,
     ):
         """`error` gives, for a step and a site, what replaces the reconstruction error there (end-to-end losses)."""
         self.members, self.stream, self.settings, self.folder = list(members), stream, settings, folder
         self.checkpoint_seconds, self.loggers, self.device, self.error = checkpoint_seconds, loggers, device, error
+        self.safety, self.stopping = safety, Stopping()
         settings.dead.check(settings.steps, stream.batch_size)
         self.groups = split_into_stacks(self.members, stream.batch_size, stack_bytes(device))
-        self.stacks = build_stacks(self.members, self.groups, stream, settings, device)
-        self.step, self.seconds = 0, 0.0
         sites = dict.fromkeys(member.output_site for member in self.members)
         self.moments = {site: torch.zeros(2, dtype=torch.float64, device=device) for site in sites}
-        self._stop: str | None = None
-        self._resume()
+        self.step, self.seconds = 0, 0.0
+        self.skipped: list[int] = []
+        """Updates whose batch was left out."""
+        self.resampled: int | None = None
+        """While dead latents are resampled: how many stacks are done."""
+        self.mean_fvu = math.nan
+        """Of the last line of the log."""
+        self.careful = torch.device(device).type == "cpu"
+        """Look at each batch before it is trained on; costs a wait for the device."""
+        self._diverged: set[str] = set()
+        self._saved: tuple = ()
+        self.clock: CheckpointClock | None = None
+        self._began = 0.0
+        self._restore()
+        if folder:
+            folder.rewind_log(self.step)
 
     def fit(self) -> None:
         """Train from where the run stands to its end. Ctrl-C and SIGTERM save first and raise `Interrupted`."""
-        settings, rows = self.settings, self.stream.batch_size
-        began, saved = time.monotonic() - self.seconds, time.monotonic()
+        settings = self.settings
         if self.step:
             print(f"continuing at step {self.step:,} of {settings.steps:,}", file=sys.stderr, flush=True)
-        with self._signals(), Progress("training", settings.steps, start=self.step) as progress:
-            while self.step < settings.steps:
-                batch = self.stream.batch(self.step)
-                scale = settings.optimizer.scale(self.step, settings.steps, settings.dead.since_resampling(self.step))
-                for stack in self.stacks:
-                    stack.step(batch, scale, self._moment(stack))
-                self._measure(batch)
-                self.step += 1
-                if settings.dead.resamples_after(self.step):
+        self.clock = CheckpointClock(self.checkpoint_seconds, self.safety.checkpoint_share, self._state_bytes())
+        self._began = time.monotonic() - self.seconds
+        with self.stopping.listening(), Progress("training", settings.steps, start=self.step) as progress:
+            try:
+                if self.resampled is not None:
                     self._resample()
-                self.seconds = time.monotonic() - began
-                if self.step % settings.log_every == 0 or self.step == settings.steps:
-                    record = self._log(scale)
-                    progress.update(self.step, _summary(record, rows))
-                if self._stop or time.monotonic() - saved > self.checkpoint_seconds:
-                    self.save()
-                    saved = time.monotonic()
-                if self._stop and self.step < settings.steps:
-                    kept = "its state is saved; the same command continues it" if self.folder else "nothing is saved"
-                    raise Interrupted(f"by {self._stop} at step {self.step:,} of {settings.steps:,}: {kept}")
+                    self._after(progress)
+                while self.step < settings.steps:
+                    try:
+                        self._advance()
+                    except _NotFinite:
+                        self._leave_out() if self._finite() else self._go_back()
+                    else:
+                        self._after(progress)
+            except StopRequested:
+                self._save_if_sound()
+                self._say_stopped()
         self.save()
+        if self.folder and self.clock.count:
+            self.folder.note(checkpoints={"written": self.clock.count, "seconds": round(self.clock.spent, 3)})
 
     def dictionary(self, index: int) -> TrainableDictionary:
         """Member `index` as a dictionary of its own (a copy)."""
@@ -126,24 +147,89 @@ class Trainer:
                 return stack.trained(group.index(index))
         raise IndexError(index)
 
+    @contextmanager
+    def at_best(self) -> Iterator[bool]:
+        """Inside, the members are those of the checkpoint with the lowest mean FVU; False where none is kept."""
+        found = checkpoint.best(self.folder.path / "checkpoints", self.device) if self.folder else None
+        kept = {name: value.clone() for name, value in self._tensors().items()} if found else {}
+        summed = self.stacks[0].steps_summed
+        try:
+            if found:
+                self._load(found[0], found[1]["steps_summed"])
+            yield bool(found)
+        finally:
+            if found:
+                self._load(kept, summed)
+
+    # ---- one update
+
+    def _advance(self) -> None:
+        """One update, or none where its batch is left out. Raises `_NotFinite` before anything changes."""
+        settings = self.settings
+        if self.step not in self.skipped:
+            batch = self._read(self.step)
+            variances = {site: _total_variance(batch[site]) for site in self.moments}
+            if self.careful and not all(bool(value.isfinite()) for value in variances.values()):
+                raise _NotFinite
+            scale = self._scale(self.step)
+            for stack in self.stacks:
+                with memory_for("updating the weights", "lower --ratios, or train fewer dictionaries at once"):
+                    stack.step(batch, scale, self._moment(stack))
+            for site, value in variances.items():
+                self.moments[site][0] += value
+                self.moments[site][1] += 1
+        self.step += 1
+        if settings.dead.resamples_after(self.step):
+            self.resampled = 0
+            self._resample()
+
+    def _after(self, progress: Progress) -> None:
+        """What follows an update now and then: a line of the log, a checkpoint, an end that was asked for."""
+        self.seconds = time.monotonic() - self._began
+        logs = self.step % self.settings.log_every == 0 or self.step == self.settings.steps
+        saves = bool(self.stopping.reason) or (self.clock is not None and self.clock.due())
+        if (logs or saves) and not self._finite() and not self._go_back():
+            return
+        if logs:
+            progress.update(self.step, _summary(self._log(self._scale(self.step - 1)), self.stream.batch_size))
+        if saves:
+            self.save()
+        if self.stopping.reason:
+            self._say_stopped()
+
+    def _say_stopped(self) -> None:
+        if self.step < self.settings.steps:
+            kept = "its state is saved; the same command continues it" if self.folder else "nothing is saved"
+            where = f"at step {self.step:,} of {self.settings.steps:,}"
+            raise Interrupted(f"by {self.stopping.reason} {where}: {kept}")
+
+    def _scale(self, step: int) -> float:
+        return self.settings.optimizer.scale(step, self.settings.steps, self.settings.dead.since_resampling(step))
+
     def _moment(self, stack: Stack) -> Moment:
         """What this step's losses depend on besides rows and weights."""
         error = self.error and self.error(self.step, stack.target or stack.site)
         return Moment(self.step, self.settings.steps, self.settings.sparsity(self.step), error=error)
 
-    def _resample(self) -> None:
-        """Give dead latents new directions, from the losses on the next rows of the stream."""
-        n_batches = max(1, self.settings.dead.resample_rows // self.stream.batch_size)
-        batches = Batches(self.stream, self.step, n_batches)
-        for stack in self.stacks:
-            resample(stack, batches, self._moment(stack)._replace(error=None))
+    def _read(self, step: int) -> dict[str, Tensor]:
+        """A batch of the stream. Given up at once when a stop is asked for; what fails leaves the state saved."""
+        try:
+            with self.stopping.abandoning(), memory_for("reading activations", "lower --buffer-rows or --batch-size"):
+                return self.stream.batch(step)
+        except Exception as error:
+            if not isinstance(error, StopRequested):
+                self._save_if_sound()
+            raise
 
-    def _measure(self, batch: dict[str, Tensor]) -> None:
-        """Sum the total variance of each site, the denominator of FVU in the log."""
-        for site, moments in self.moments.items():
-            x = batch[site]
-            moments[0] += (x - x.mean(0)).square().sum() / len(x)
-            moments[1] += 1
+    def _resample(self) -> None:
+        """Give dead latents new directions, from the losses on the next rows of the stream, one stack at a time."""
+        assert self.resampled is not None
+        n_batches = max(1, self.settings.dead.resample_rows // self.stream.batch_size)
+        batches = Batches(self._read, self.step, n_batches)
+        for stack in self.stacks[self.resampled :]:
+            resample(stack, batches, self._moment(stack)._replace(error=None))
+            self.resampled += 1
+        self.resampled = None
 
     def _log(self, scale: float) -> dict[str, Any]:
         """One line of the log: averages since the last line. The only place that waits for the device."""
@@ -162,74 +248,179 @@ class Trainer:
             e / variances[m.output_site] if variances[m.output_site] > 0 else math.nan
             for e, m in zip(squared_error, self.members, strict=True)
         ]
+        known = [value for value in columns["fvu"] if math.isfinite(value)]
+        self.mean_fvu = sum(known) / len(known) if known else math.nan
         record = {
             "step": self.step,
             "tokens": self.step * self.stream.batch_size,
             "seconds": round(self.seconds, 3),
             "lr_scale": scale,
+            **({"skipped_batches": len(self.skipped)} if self.skipped else {}),
             **{name: [value if math.isfinite(value) else None for value in column] for name, column in columns.items()},
         }
-        if all(value is None for value in record["loss"]):
-            raise UserError(
-                f"the loss of every member stopped being a number by step {self.step:,}: lower --lr, "
-                "or look for NaN in the activations"
-            )
+        self._tell_diverged(record["loss"])
         if self.folder:
             self.folder.append("log.jsonl", record)
         for logger in self.loggers:
             logger(record)
         return record
 
-    def save(self) -> None:
-        """Write a checkpoint into the run folder, if there is one."""
-        if self.folder is None:
-            return
-        tensors = {name: value for stack in self.stacks for name, value in stack.state().items()}
-        tensors |= {f"moments/{site}": value for site, value in self.moments.items()}
-        facts = {"seconds": self.seconds, "steps_summed": self.stacks[0].steps_summed}
-        checkpoint.save(self.folder.path / "checkpoints", self.step, tensors, facts)
+    def _tell_diverged(self, losses: Sequence[float | None]) -> None:
+        if any(value is not None for value in losses):
+            for member, value in zip(self.members, losses, strict=True):
+                if value is None and member.name not in self._diverged:
+                    self._diverged.add(member.name)
+                    told = f"{member.name} diverged by step {self.step:,} (its loss is no number); the others go on"
+                    print(told, file=sys.stderr, flush=True)
 
-    def _resume(self) -> None:
-        found = checkpoint.newest(self.folder.path / "checkpoints", self.device) if self.folder else None
-        if self.folder is None or found is None:
-            if self.folder:
-                self.folder.rewind_log(0)
+    # ---- what is no number
+
+    def _finite(self) -> bool:
+        """Whether all rows, and the loss of some member, were numbers since the last line of the log; waits."""
+        if not all(bool(moments.isfinite().all()) for moments in self.moments.values()):
+            return False
+        return any(bool(stack.sums["loss"].isfinite().any()) for stack in self.stacks)
+
+    def _go_back(self) -> bool:
+        """Back to the last state that was saved (or the beginning), and forward again up to the update at fault.
+
+        Batches are a function of the step, so this repeats what was done; then the state is from before that update.
+        True where all was finite this time, up to where the run stood.
+        """
+        until = self.step
+        print(f"NaN or infinity by step {until:,}: looking for the update that met it", file=sys.stderr, flush=True)
+        careful, self.careful = self.careful, True
+        self._restore()
+        self._replay(until)
+        self.careful = careful
+        if self.step == until:
+            return self._finite()
+        rows = self._finite()
+        if not rows:  # this update's losses, not its rows: it was made to see that
+            at = self.step - 1
+            self._restore()
+            self._replay(at)
+        self._leave_out("the batch holds" if rows else "the loss of every dictionary is")
+        self.save()
+        return False
+
+    def _replay(self, until: int) -> None:
+        """Updates up to `until`, without a log; ends early where the next batch, or the last loss, is no number."""
+        while self.step < until:
+            try:
+                self._advance()
+            except _NotFinite:
+                return
+            if self.careful and not self._finite():
+                return
+            if self.step % self.settings.log_every == 0 and self.step < until:
+                for stack in self.stacks:
+                    stack.averages()
+                for moments in self.moments.values():
+                    moments.zero_()
+
+    def _leave_out(self, what: str = "the batch holds") -> None:
+        """The state is from before update `self.step`, which meets NaN: save and stop there, or leave its batch out."""
+        step, steps = self.step, self.settings.steps
+        told = f"update {step + 1:,} of {steps:,}: {what} NaN or infinity"
+        if self.safety.nan == "stop":
+            self.save()
+            kept = "the state from before it is saved: " if self.folder and step else ""
+            raise UserError(
+                f"{told}; {kept}mend the activations or lower --lr, or start the same command with --nan skip, "
+                "which leaves such batches out"
+            )
+        self.skipped.append(step)
+        if len(self.skipped) >= MOST_SKIPPED and self.skipped[-MOST_SKIPPED] == step - MOST_SKIPPED + 1:
+            raise UserError(f"{told}, as did the {MOST_SKIPPED - 1} before it, which were left out: this does not pass")
+        self.careful = True
+        print(f"{told}; it is left out ({len(self.skipped):,} so far)", file=sys.stderr, flush=True)
+        if self.folder:
+            self.folder.note(skipped_batches={"count": len(self.skipped), "updates": self.skipped[:1000]})
+
+    # ---- checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint into the run folder, if there is one and it does not hold this state yet."""
+        state = self.step, self.resampled, len(self.skipped)
+        if self.folder is None or state == self._saved:
             return
-        tensors, facts = found
-        self.step, self.seconds = facts["step"], facts["seconds"]
+        with self.clock.timing() if self.clock else nullcontext():
+            facts = {
+                "seconds": self.seconds,
+                "steps_summed": self.stacks[0].steps_summed,
+                "skipped": self.skipped,
+                "resampled": self.resampled,
+                "pieces": [stack.micro.pieces for stack in self.stacks],
+                "fvu": self.mean_fvu,
+            }
+            self.folder.make_durable("log.jsonl")
+            checkpoint.save(
+                self.folder.path / "checkpoints", self.step, self._tensors(), facts,
+                self.safety.keep_checkpoints, self.safety.keep_best,
+            )  # fmt: skip
+            self._saved = state
+            self.folder.push()
+
+    def _save_if_sound(self) -> None:
+        if self.step and self._finite():
+            self.save()
+
+    def _state_bytes(self) -> int:
+        return sum(value.numel() * value.element_size() for value in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {name: value for stack in self.stacks for name, value in stack.state().items()}
+        return tensors | {f"moments/{site}": value for site, value in self.moments.items()}
+
+    def _restore(self) -> None:
+        """The newest checkpoint, or the beginning where there is none."""
+        self.stacks: list[Stack] = []  # the memory of those that were goes first
+        with memory_for("making the dictionaries", "lower --ratios, or train fewer dictionaries at once"):
+            self.stacks = build_stacks(self.members, self.groups, self.stream, self.settings, self.device)
+        for moments in self.moments.values():
+            moments.zero_()
+        self.step, self.resampled, pieces = 0, None, [1] * len(self.stacks)
+        found = checkpoint.newest(self.folder.path / "checkpoints", self.device) if self.folder else None
+        if found:
+            tensors, facts = found
+            self.step, self.resampled, pieces = facts["step"], facts["resampled"], facts["pieces"]
+            self.seconds = max(self.seconds, facts["seconds"])
+            self.skipped = sorted({*self.skipped, *facts["skipped"]})
+            self.mean_fvu = facts["fvu"]
+            self._load(tensors, facts["steps_summed"])
+            self._saved = self.step, self.resampled, len(facts["skipped"])
+        if self.safety.auto_batch:
+            for stack, number in zip(self.stacks, pieces, strict=True):
+                stack.allow_micro_batches(number)
+        else:
+            for stack, number in zip(self.stacks, pieces, strict=True):
+                stack.micro.pieces = number
+
+    def _load(self, tensors: Mapping[str, Tensor], steps_summed: int) -> None:
         for stack in self.stacks:
-            stack.load_state(tensors, facts["steps_summed"])
+            stack.load_state(tensors, steps_summed)
         for site, moments in self.moments.items():
             moments.copy_(tensors[f"moments/{site}"])
-        self.folder.rewind_log(self.step)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn the first Ctrl-C or SIGTERM into a request to stop after this step; a second one acts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        def request(number: int, frame: object) -> None:
-            self._stop = signal.Signals(number).name
-            signal.signal(number, before[signal.Signals(number)])
+class _NotFinite(Exception):
+    """The batch of the next update holds NaN, infinity, or values whose squares are no numbers."""
 
-        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+def _total_variance(x: Tensor) -> Tensor:
+    """Of a batch [B d], over dims: the denominator of FVU in the log. NaN or infinity where x holds any."""
+    return (x - x.mean(0)).square().sum() / len(x)
 
 
 class Batches:
-    """Some batches of a stream from a step on, read when they are asked for, as often as one likes."""
+    """Some batches from a step on, read when they are asked for, as often as one likes."""
 
-    def __init__(self, stream: Stream, first: int, count: int):
-        self.stream, self.first, self.count = stream, first, count
+    def __init__(self, read: Callable[[int], dict[str, Tensor]], first: int, count: int):
+        self.read, self.first, self.count = read, first, count
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self.stream.batch(self.first + i) for i in range(self.count))
+        return (self.read(self.first + i) for i in range(self.count))
 
 
 def build_stacks(

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -122,3 +125,72 @@ def test_a_kill_in_the_middle_of_starting_over_blocks_nothing(tmp_path):
         with RunFolder(tmp_path / "run", {"lr": 2}, fresh=fresh) as folder:
             folder.append("log.jsonl", {"step": 1})
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "settings.json", "log.jsonl"}
+
+
+def test_the_name_of_a_process_that_died_is_no_obstacle(tmp_path):
+    code = (
+        "import os, signal; from pathlib import Path\n"
+        "from sparse_coding.training.run_folder import RunFolder\n"
+        f"folder = RunFolder(Path({str(tmp_path / 'run')!r}), {{}})\n"
+        "folder.append('log.jsonl', {'step': 1}); print(os.getpid(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert dead.returncode == -9
+    lock = tmp_path / "run" / "lock"
+    assert f"process {dead.stdout.strip()} on " in lock.read_text()
+    with RunFolder(tmp_path / "run", {}):
+        assert f"process {os.getpid()} on {socket.gethostname()}" in lock.read_text()
+
+
+def test_two_runs_started_at_once_never_share_a_folder(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from sparse_coding.errors import reported\n"
+        "from sparse_coding.training.run_folder import RunFolder\n"
+        "sys.stdin.readline()\n"
+        f"with reported(), RunFolder(Path({str(tmp_path / 'run')!r}), {{}}): time.sleep(2)"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    time.sleep(0.5)
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    errors = [process.communicate(timeout=60)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], errors
+    assert any("in use by process" in told and socket.gethostname() in told for told in errors)
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("sparse_coding.training.run_folder.fcntl.flock", none)
+    with RunFolder(tmp_path / "run", {}) as folder:
+        folder.append("log.jsonl", {"step": 1})
+    assert "has no locks (No locks available)" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_log_and_keeps_its_lines(tmp_path):
+    """A limit on the size of files stands in for the disk: the kernel refuses the write in the same way."""
+    code = (
+        "import resource; from pathlib import Path; from sparse_coding.errors import reported\n"
+        "from sparse_coding.training.run_folder import RunFolder\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        f"with reported(), RunFolder(Path({str(tmp_path / 'run')!r}), {{}}) as folder:\n"
+        "    for step in range(1000): folder.append('log.jsonl', {'step': step, 'loss': [0.5] * 5})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "the disk is full while writing" in done.stderr
+    assert "log.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+    kept = read_lines(tmp_path / "run" / "log.jsonl")
+    assert [record["step"] for record in kept] == list(range(len(kept)))
+    assert len(kept) > 30
+    with RunFolder(tmp_path / "run", {}) as folder:
+        folder.rewind_log(20)
+        folder.append("log.jsonl", {"step": 21})
+        assert [record["step"] for record in read_lines(folder.path / "log.jsonl")] == list(range(22))

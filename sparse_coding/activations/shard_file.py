@@ -1,0 +1,107 @@
+"""One file of a store: safetensors, read by byte ranges and never trusted.
+
+A file is 8 bytes (length n of the header, little-endian), n bytes of JSON padded with spaces, and the tensors end to
+end. Ours have a header of fixed size, so a shard is one buffer that is filled as rows come and sent as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sparse_coding.activations.objects import Objects
+from sparse_coding.errors import UserError
+
+DATA_START = 1024
+"""Where the tensors begin in the files we write; a multiple of 64, so that they are aligned when mapped."""
+LARGEST_HEADER = 1 << 20
+"""Bytes; a file with a longer header is not one of ours."""
+ITEMSIZES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U16": 2, "I32": 4, "I64": 8}
+
+
+class Damaged(UserError):
+    """A file of a store is not what its manifest says. `name` is the file's, below the store."""
+
+    def __init__(self, message: str, name: str):
+        super().__init__(message)
+        self.name = name
+
+
+Expected = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensors of a file in their order: name -> (safetensors dtype, shape)."""
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    size = ITEMSIZES[dtype]
+    for length in shape:
+        size *= length
+    return size
+
+
+def file_bytes(expected: Expected) -> int:
+    """Size of a file with these tensors as we write it."""
+    return DATA_START + sum(tensor_bytes(*one) for one in expected.values())
+
+
+def header(expected: Expected) -> bytes:
+    """The first `DATA_START` bytes of a file with these tensors."""
+    tensors: dict[str, Any] = {}
+    start = 0
+    for name, (dtype, shape) in expected.items():
+        end = start + tensor_bytes(dtype, shape)
+        tensors[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(tensors, separators=(",", ":")).encode()
+    assert len(text) <= DATA_START - 8
+    return (DATA_START - 8).to_bytes(8, "little") + text.ljust(DATA_START - 8)
+
+
+def data_starts(objects: Objects, name: str, size: int, expected: Expected) -> dict[str, int]:
+    """Where each expected tensor begins in a file of `size` bytes; checks the header against what must be in it.
+
+    Reads the header alone, and no more than `LARGEST_HEADER` of it whatever it claims. Raises `Damaged`.
+    """
+
+    def damaged(what: str) -> Damaged:
+        return Damaged(f"{objects.url}/{name} is damaged: {what}", name)
+
+    if size < 8:
+        raise damaged(f"it has {size} bytes, less than a header")
+    first = objects.get_range(name, 0, min(size, DATA_START))
+    length = int.from_bytes(first[:8], "little")
+    if length > min(size - 8, LARGEST_HEADER):
+        raise damaged(f"its header claims {length} bytes, and the file has {size}")
+    text = bytes(first[8 : 8 + length])
+    if len(text) < length:
+        text += bytes(objects.get_range(name, 8 + len(text), length - len(text)))
+    try:
+        tensors = json.loads(text)
+    except (ValueError, RecursionError):
+        raise damaged("its header is no JSON") from None
+    if not isinstance(tensors, dict):
+        raise damaged("its header is no JSON object")
+    tensors.pop("__metadata__", None)
+    if set(tensors) != set(expected):
+        raise damaged(f"it must hold the tensors {', '.join(expected)}")
+    starts = {}
+    for key, (dtype, shape) in expected.items():
+        one = tensors[key]
+        offsets = one.get("data_offsets") if isinstance(one, dict) else None
+        begin = offsets[0] if isinstance(offsets, list) and offsets else None
+        n_bytes = tensor_bytes(dtype, shape)
+        if type(begin) is not int or not 0 <= begin <= size:
+            raise damaged(f"the header says nothing usable about {key}")
+        wanted = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + n_bytes]}
+        if one != wanted:
+            raise damaged(f"{key} must be {dtype} of shape {list(shape)}, the header says otherwise")
+        starts[key] = 8 + length + begin
+    order = sorted((start, tensor_bytes(*expected[key])) for key, start in starts.items())
+    position = 8 + length
+    for start, n_bytes in order:
+        if start != position:
+            raise damaged("its tensors overlap or leave gaps")
+        position += n_bytes
+    if position != size:
+        raise damaged(f"it has {size} bytes, its tensors end at {position}")
+    return starts

@@ -1,0 +1,309 @@
+"""Writing a store while the rows come: bounded memory, bounded uploads in flight, resumable at the shard.
+
+Rows fill one buffer per site, which is the shard's file itself. Full buffers are hashed and sent by threads; the
+manifest counts a shard once all its files are durable, so a writer that dies at any instant leaves a store that says
+how many rows it holds, and the next one goes on after them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from sparse_coding.activations.codec import Affine8, Codec, calibrate, checked_codec, encode
+from sparse_coding.activations.objects import Objects, open_objects
+from sparse_coding.activations.running import Running
+from sparse_coding.activations.shard_file import DATA_START, file_bytes, header
+from sparse_coding.activations.store_begin import asked_manifest, begun, rows_per_shard
+from sparse_coding.activations.store_manifest import (
+    MANIFEST,
+    TOKEN_NUMPY,
+    FileInfo,
+    Manifest,
+    ShardInfo,
+    Source,
+)
+from sparse_coding.errors import UserError
+
+CALIBRATION_ROWS = 16_384
+"""Of the first shard, held in float32 until int8's mean and scale are chosen from them."""
+
+
+@dataclass
+class _Sending:
+    """A shard whose files are on their way."""
+
+    rows: int
+    statistics: dict[str, Running]
+    files: dict[str, Future[FileInfo]]
+
+
+class StoreWriter:
+    """Appends rows of several sites to a store. Use it in a `with`: an exception keeps the shards that are durable.
+
+    Memory: one buffer of a shard per site, and at most `uploads` more that are being sent.
+    """
+
+    def __init__(
+        self,
+        url: str | Path | Objects,
+        widths: Mapping[str, int],
+        source: Source,
+        *,
+        codec: Codec = "bf16",
+        shard_rows: int | None = None,
+        modules: Mapping[str, str] | None = None,
+        tokens: Mapping[str, str] | None = None,
+        affine: Mapping[str, Affine8] | None = None,
+        uploads: int = 4,
+        versions: Mapping[str, Any] | None = None,
+        run: str | None = None,
+    ):
+        """Begin a store, or go on with one that the same settings began: `rows` says how many it has already.
+
+        widths: by site. shard_rows: by default files of about 64 MiB. modules: by site, for people to read. tokens:
+        columns kept beside the rows and their dtypes, as {"token": "I32", "context": "I64", "position": "I32"}. affine:
+        by site, int8's mean and scale, by default chosen from the first rows. uploads: files in flight at most.
+        Raises `UserError` for a store that is complete or has other settings, and for a folder that holds other files.
+        """
+        self.objects = open_objects(url) if isinstance(url, str | Path) else url
+        codec = checked_codec(codec)
+        if shard_rows is None:
+            shard_rows = rows_per_shard(widths, codec)
+        for name, value in (("shard_rows", shard_rows), ("uploads", uploads)):
+            if value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        asked = asked_manifest(widths, source, codec, shard_rows, modules, tokens, affine, versions, run)
+        self.manifest = begun(self.objects, asked)
+        self._statistics = {
+            name: Running.of(self.rows, self.manifest.statistics.get(name), width) for name, width in widths.items()
+        }
+        self._buffers: dict[str, np.ndarray] = {}
+        self._token_columns: dict[str, np.ndarray] = {}
+        self._filled, self._current = 0, self._fresh()
+        self._held: dict[str, list[Tensor]] = {name: [] for name in widths}
+        self._held_tokens: list[Mapping[str, np.ndarray]] = []
+        self._affines: dict[tuple[str, torch.device], Affine8] = {}
+        self._next = len(self.manifest.shards)
+        self._sending: deque[_Sending] = deque()
+        self._slots = threading.Semaphore(uploads)
+        self._threads = ThreadPoolExecutor(uploads, thread_name_prefix="store-upload")
+        self._written, self._write_took = time.monotonic(), 0.0
+        self.appended = self.rows
+        """Rows given so far, with those of the store that was gone on with."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that are durable: where a resumed harvest goes on."""
+        return self.manifest.rows
+
+    def append(self, rows: Mapping[str, Float[Tensor, "n d"]], tokens: Mapping[str, ArrayLike] | None = None) -> None:
+        """Add n rows of every site, and their columns of tokens `[n]` if the store keeps them.
+
+        Rows may be on any device. Waits where `uploads` files are in flight. Raises `UserError` for NaN or infinity,
+        and what sending a shard before this one raised.
+        """
+        n_rows = len(next(iter(rows.values())))
+        columns = self._columns(tokens, n_rows)
+        assert set(rows) == set(self.manifest.sites)
+        for name, x in rows.items():
+            assert x.shape == (n_rows, self.manifest.sites[name].width), (name, x.shape)
+        start = 0
+        while start < n_rows:
+            stop = min(n_rows, start + self.manifest.shard_rows - self._filled)
+            piece = {name: x[start:stop].detach() for name, x in rows.items()}
+            self._count(piece)
+            self._take(piece, {name: column[start:stop] for name, column in columns.items()})
+            start = stop
+
+    def finish(self) -> Manifest:
+        """Send the last rows, wait until all is durable, and say that the store is complete."""
+        self._choose_affine()
+        if self._filled:
+            self._send()
+        self._settle(wait=True)
+        self.manifest = replace(self.manifest, complete=True)
+        self._write_manifest()
+        self._threads.shutdown()
+        return self.manifest
+
+    def close(self) -> None:
+        """Wait for what is being sent and write the manifest; rows that fill no shard are dropped, `rows` says so."""
+        try:
+            if not self.manifest.complete:
+                try:
+                    self._settle(wait=True)
+                finally:  # what is durable stays so, whatever failed after it
+                    self._write_manifest()
+        finally:
+            self._threads.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise  # else the first error is the one to tell
+
+    # ---- rows into buffers
+
+    def _count(self, piece: Mapping[str, Tensor]) -> None:
+        for name, x in piece.items():
+            bad = self._current[name].add(x)
+            if bad is not None:
+                raise UserError(
+                    f"the activations at {name} hold NaN or infinity, first in row {self.appended + bad}: the model "
+                    "overflows in its dtype (load it in float32) or its weights are damaged"
+                )
+        self.appended += len(next(iter(piece.values())))
+
+    def _take(self, piece: Mapping[str, Tensor], columns: Mapping[str, np.ndarray]) -> None:
+        n_rows = len(next(iter(piece.values())))
+        if self._needs_affine():
+            for name, x in piece.items():
+                self._held[name].append(x.float().cpu().clone())
+            self._held_tokens.append({name: column.copy() for name, column in columns.items()})
+            self._filled += n_rows
+            if self._filled >= min(CALIBRATION_ROWS, self.manifest.shard_rows):
+                self._choose_affine()
+        else:
+            self._put_rows(piece, columns, n_rows)
+        if self._filled == self.manifest.shard_rows:
+            self._send()
+
+    def _needs_affine(self) -> bool:
+        return self.manifest.codec == "int8" and any(site.mean is None for site in self.manifest.sites.values())
+
+    def _choose_affine(self) -> None:
+        """Choose int8's mean and scale from the rows held, and encode those."""
+        if not self._needs_affine() or not self._filled:
+            return
+        sites = {}
+        for name, site in self.manifest.sites.items():
+            chosen = calibrate(torch.cat(self._held[name])[:CALIBRATION_ROWS])
+            sites[name] = replace(site, mean=tuple(chosen.mean.tolist()), scale=tuple(chosen.scale.tolist()))
+        self.manifest = replace(self.manifest, sites=sites)
+        self._filled = 0
+        for i, columns in enumerate(self._held_tokens):
+            piece = {name: parts[i] for name, parts in self._held.items()}
+            self._put_rows(piece, columns, len(next(iter(piece.values()))))
+        self._held, self._held_tokens = {name: [] for name in sites}, []
+
+    def _put_rows(self, piece: Mapping[str, Tensor], columns: Mapping[str, np.ndarray], n_rows: int) -> None:
+        for name, x in piece.items():
+            stored = encode(x, self.manifest.codec, self._affine(name, x.device)).contiguous().cpu()
+            buffer = self._buffer(name)
+            width = stored.shape[1] * stored.element_size()
+            start = DATA_START + self._filled * width
+            buffer[start : start + n_rows * width] = stored.view(torch.uint8).numpy().reshape(-1)
+        for name, column in columns.items():
+            if name not in self._token_columns:
+                self._token_columns[name] = np.empty(self.manifest.shard_rows, dtype=column.dtype)
+            self._token_columns[name][self._filled : self._filled + n_rows] = column
+        self._filled += n_rows
+
+    def _affine(self, name: str, device: torch.device) -> Affine8 | None:
+        site, key = self.manifest.sites[name], (name, device)
+        if site.mean is None or site.scale is None:
+            return None
+        if key not in self._affines:
+            self._affines[key] = Affine8(torch.tensor(site.mean), torch.tensor(site.scale)).to(device)
+        return self._affines[key]
+
+    def _buffer(self, site: str) -> np.ndarray:
+        """The file of a full shard, its rows to be filled in."""
+        if site not in self._buffers:
+            size = file_bytes(self.manifest.expected(site, self.manifest.shard_rows))
+            self._buffers[site] = np.empty(size, dtype=np.uint8)
+        return self._buffers[site]
+
+    def _columns(self, tokens: Mapping[str, ArrayLike] | None, n_rows: int) -> dict[str, np.ndarray]:
+        assert set(tokens or {}) == set(self.manifest.tokens), "the columns are those the store began with"
+        columns = {}
+        for name, dtype in self.manifest.tokens.items():
+            given = np.asarray((tokens or {})[name])
+            column = np.ascontiguousarray(given, dtype=TOKEN_NUMPY[dtype])
+            assert column.shape == (n_rows,)
+            assert (column == given).all(), f"{name} does not fit {dtype}"
+            columns[name] = column
+        return columns
+
+    # ---- buffers into files
+
+    def _send(self) -> None:
+        """Hand the filled buffers to the threads; waits for a free place for each."""
+        rows, shard, files = self._filled, self._next, {}
+        for part in self.manifest.parts():
+            self._slots.acquire()
+            name = self.manifest.file_name(part, shard)
+            files[name] = self._threads.submit(self._put, name, self._file(part, rows))
+        self._sending.append(_Sending(rows, self._current, files))
+        self._filled, self._current, self._next = 0, self._fresh(), shard + 1
+        self._settle(wait=False)
+
+    def _file(self, part: str | None, rows: int) -> np.ndarray:
+        """The bytes of a file with the rows there are, taken out of the buffers."""
+        expected = self.manifest.expected(part, rows)
+        head = np.frombuffer(header(expected), dtype=np.uint8)
+        if part is None:
+            columns = [self._token_columns[name][:rows].view(np.uint8) for name in self.manifest.tokens]
+            return np.concatenate([head, *columns])
+        buffer = self._buffers.pop(part)
+        buffer[:DATA_START] = head
+        return buffer[: file_bytes(expected)]
+
+    def _put(self, name: str, data: np.ndarray) -> FileInfo:
+        try:
+            info = FileInfo(len(data), hashlib.sha256(data.data).hexdigest())
+            self.objects.put(name, data.data)
+            return info
+        finally:
+            self._slots.release()
+
+    def _settle(self, wait: bool) -> None:
+        """Count the shards that are durable, in their order. Raises what sending one raised."""
+        before = len(self.manifest.shards)
+        try:
+            while self._sending and (wait or all(future.done() for future in self._sending[0].files.values())):
+                one = self._sending[0]
+                files = {name: future.result() for name, future in one.files.items()}
+                self._sending.popleft()
+                for name, running in one.statistics.items():
+                    self._statistics[name].merge(running)
+                self.manifest = replace(
+                    self.manifest,
+                    shards=(*self.manifest.shards, ShardInfo(one.rows, files)),
+                    statistics={name: running.said() for name, running in self._statistics.items()},
+                )
+        finally:
+            # A long manifest is not written for every shard where that would take more than a twentieth of the time.
+            if len(self.manifest.shards) > before and time.monotonic() - self._written >= 20 * self._write_took:
+                self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        start = time.monotonic()
+        self.objects.put(MANIFEST, self.manifest.to_json().encode())
+        self._written = time.monotonic()
+        self._write_took = self._written - start
+
+    def _fresh(self) -> dict[str, Running]:
+        return {name: Running.of(0, None, site.width) for name, site in self.manifest.sites.items()}

@@ -1,0 +1,439 @@
+"""`python -m sparse_coding harvest`: a model reads a text once, and its activations are kept in a store.
+
+Forward passes lie on a fixed grid of contexts and shards on a fixed grid of rows, wherever a harvest was stopped and
+however many processes share it: the files of a store depend on neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_coding.activations.capture import default_contexts_per_forward, rows_per_context, widths
+from sparse_coding.activations.capture import rows as captured_rows
+from sparse_coding.activations.codec import ITEMSIZE, Affine8, Codec, calibrate
+from sparse_coding.activations.models import LanguageModel
+from sparse_coding.activations.objects import Objects, open_objects
+from sparse_coding.activations.sites import Site, resolve_all
+from sparse_coding.activations.store import Manifest, Source, StoreWriter, found_manifest
+from sparse_coding.activations.store_parts import PartObjects, begun_parts, drop_parts, join_parts
+from sparse_coding.activations.store_writer import CALIBRATION_ROWS, rows_per_shard
+from sparse_coding.activations.tokens import Contexts, contexts
+from sparse_coding.captured import context_length, open_model, open_tokenizer, revision
+from sparse_coding.config import count, to_dict
+from sparse_coding.device import pick_device
+from sparse_coding.errors import Interrupted, UserError
+from sparse_coding.files import file_sha256
+from sparse_coding.formats.nanogpt_file import checkpoint_file
+from sparse_coding.language_models.processes import Processes, processes
+from sparse_coding.progress import Progress, duration, quantity
+from sparse_coding.provenance import provenance
+from sparse_coding.run_names import run_name
+from sparse_coding.run_settings import SourceFlags, TextFlags
+from sparse_coding.training.run_folder import differences
+from sparse_coding.training.stopping import Stopping, StopRequested
+
+
+@dataclass(frozen=True)
+class KeepFlags:
+    """What is kept, and where."""
+
+    tokens: str | None = None
+    """Activations to keep, such as 500k, 300M; by default all that the text gives. Text held out for evaluation
+    (--held-out) is never harvested."""
+    store: str | None = None
+    """A folder or s3://bucket/prefix. By default outputs/stores/ and a name of two words and a number that the same
+    settings give again; s3://bucket alone gets such a name below it."""
+    codec: Codec = "bf16"
+    """How numbers are stored: fp32, bf16, fp16, or int8, centred and scaled per channel: half of bf16."""
+    shard_rows: int | None = None
+    """Rows of one shard: a harvest goes on at the last whole one. By default what makes 64 MiB of the widest
+    site."""
+    keep_tokens: bool = False
+    """Keep token ids, contexts and positions beside the rows."""
+
+
+@dataclass(frozen=True)
+class HarvestFlags:
+    """Run a model over a text once and keep its activations at some sites, to train from again and again."""
+
+    model: SourceFlags = field(default_factory=SourceFlags)
+    text: TextFlags = field(default_factory=TextFlags)
+    keep: KeepFlags = field(default_factory=KeepFlags)
+
+    def __post_init__(self) -> None:
+        self.text.check()
+        if self.keep.tokens is not None and self.tokens < 1:  # type: ignore[operator]
+            raise UserError(f"--tokens is {self.keep.tokens}: it must be at least 1")
+        if self.keep.shard_rows is not None and self.keep.shard_rows < 1:
+            raise UserError(f"--shard-rows is {self.keep.shard_rows}: it must be at least 1")
+
+    @property
+    def tokens(self) -> int | None:
+        return None if self.keep.tokens is None else count(self.keep.tokens, "--tokens")
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what is kept: a harvest can be continued with the same ones only."""
+        known = to_dict(self)
+        del known["keep"]["store"], known["model"]["device"]
+        checkpoint = checkpoint_file(self.model.model)
+        if checkpoint is not None and checkpoint.is_file():
+            known["checkpoint_sha256"] = file_sha256(checkpoint)
+        return known
+
+    def store(self) -> str:
+        """Where the store goes."""
+        given = self.keep.store
+        if given is None:
+            return str(Path("outputs") / "stores" / run_name(self.identity()))
+        if given.startswith("s3://") and "/" not in given.removeprefix("s3://").rstrip("/"):
+            return f"{given.rstrip('/')}/{run_name(self.identity())}"
+        return given
+
+
+class Passes:
+    """The forward passes over a text, in order, and the rows that each gives."""
+
+    def __init__(self, text: Contexts, per_forward: int):
+        self.text, self.per_forward = text, per_forward
+        counts = rows_per_context(text)
+        self.context_starts = np.concatenate([[0], np.cumsum(counts)])
+        """Rows before each context, and those of all."""
+        self.starts = self.context_starts[np.r_[np.arange(0, len(counts), per_forward), len(counts)]]
+        """Rows before each pass, and those of all."""
+
+    @property
+    def rows(self) -> int:
+        return int(self.starts[-1])
+
+    def contexts(self, number: int) -> slice:
+        return slice(number * self.per_forward, min((number + 1) * self.per_forward, len(self.text.tokens)))
+
+    def within(self, first: int, last: int) -> Iterator[tuple[int, slice]]:
+        """Passes that give rows [first, last), and which of their rows those are."""
+        for number in range(int(np.searchsorted(self.starts, first, side="right")) - 1, len(self.starts) - 1):
+            start, stop = int(self.starts[number]), int(self.starts[number + 1])
+            if start >= last:
+                return
+            if chosen := range(max(first, start), min(last, stop)):
+                yield number, slice(chosen.start - start, chosen.stop - start)
+
+    def columns(self, number: int, chosen: slice) -> dict[str, np.ndarray]:
+        """Token id, context and position of rows of a pass."""
+        which = self.contexts(number)
+        tokens = np.asarray(self.text.tokens[which])
+        mask = np.ones(tokens.shape, bool) if self.text.mask is None else self.text.mask[which]
+        context, position = np.nonzero(mask)
+        found = {"token": tokens[mask], "context": context + which.start, "position": position}
+        return {name: column[chosen] for name, column in found.items()}
+
+
+HALF_WRITTEN = re.compile(r"(\d+\.safetensors|manifest\.json)\.\w{8}")
+"""Names of files that have not yet taken their own (`sparse_coding.files`)."""
+TOKEN_COLUMNS = {"token": "I32", "context": "I64", "position": "I32"}
+
+
+def harvest(flags: HarvestFlags) -> str:
+    """Everything; returns where the store is. The same settings continue a harvest that was stopped.
+
+    Raises `UserError` for settings that make no sense and a store begun with others, `Interrupted` when stopped.
+    """
+    store = flags.store()
+    with (
+        processes(torch.device(pick_device(flags.model.device))) as (everyone, device),
+        contextlib.ExitStack() as held,
+    ):
+        flags = replace(flags, model=replace(flags.model, device=str(device)))
+        with everyone.first_goes_ahead():
+            if everyone.first:
+                print(f"store: {store}", flush=True)
+                held.enter_context(own(store))
+            model, names = open_model(flags.model)
+            sites = resolve_all(model, names)
+            tokenizer = open_tokenizer(flags.model, model)
+            text = contexts(
+                flags.text.settings(flags.model.model),
+                tokenizer,
+                context=context_length(flags.text.context, model),
+                max_tokens=flags.tokens,
+                exclude_special=flags.text.exclude_special,
+                progress=everyone.first,
+            )
+            harvesting = _Harvest(flags, store, everyone, model, sites, text)
+            if everyone.first:
+                harvesting.check()
+        harvesting.go()
+    return store
+
+
+@contextlib.contextmanager
+def own(store: str) -> Iterator[None]:
+    """A folder locked for this process, so that two harvests never write one store; S3 has no locks."""
+    if "://" in store:
+        yield
+        return
+    folder = Path(store)
+    new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--store {store}: the folder cannot be made ({error.strerror}); name another") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{store} is being written by another harvest: wait for it or name another store") from None
+        for path in [*folder.glob("*.*.*"), *folder.glob("*/*.*.*")]:
+            if HALF_WRITTEN.fullmatch(path.name):  # left by a harvest that was killed
+                path.unlink(missing_ok=True)
+        yield
+    finally:
+        if new and not any(folder.iterdir()):  # a mistake leaves nothing behind
+            folder.rmdir()
+        os.close(handle)
+
+
+class _Harvest:
+    """One call of `harvest` in one process."""
+
+    def __init__(
+        self,
+        flags: HarvestFlags,
+        store: str,
+        everyone: Processes,
+        model: LanguageModel,
+        sites: Mapping[str, Site],
+        text: Contexts,
+    ):
+        self.flags, self.store, self.everyone, self.model, self.sites = flags, store, everyone, model, sites
+        self.objects: Objects = open_objects(store)
+        self.widths = widths(model, list(sites.values()))
+        self.passes = Passes(text, default_contexts_per_forward(model, text))
+        self.shard_rows = flags.keep.shard_rows or rows_per_shard(self.widths, flags.keep.codec)
+        n_shards = -(-self.passes.rows // self.shard_rows)
+        if not self.passes.rows:
+            raise UserError(
+                "the text gives no activations: every token is special, and --exclude-special leaves them out"
+            )
+        if n_shards < everyone.size:
+            raise UserError(
+                f"{self.passes.rows:,} rows make {n_shards} shards of {self.shard_rows:,}, and there are "
+                f"{everyone.size} processes: start fewer, or give a smaller --shard-rows"
+            )
+        first_shards = [n_shards * rank // everyone.size for rank in range(everyone.size + 1)]
+        self.first_shard = first_shards[everyone.rank]
+        self.first = self.first_shard * self.shard_rows
+        self.last = min(first_shards[everyone.rank + 1] * self.shard_rows, self.passes.rows)
+        """Rows [first, last) of the text are this process's."""
+
+    @cached_property
+    def source(self) -> Source:
+        """What the rows are made from. A store is continued from the same only."""
+        model, text = self.flags.model, self.passes.text
+        reading = {
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "gelu": model.gelu,
+            "contexts_per_forward": self.passes.per_forward,
+            "streaming": self.flags.text.streaming,
+        }
+        return Source(
+            model=model.model,
+            revision=revision(self.model),
+            text={**text.identity, "reading": reading},
+            tokenizer={"name": model.tokenizer, "sha256": text.identity["tokenizer"]},
+            context=text.tokens.shape[1],
+            exclude_special=self.flags.text.exclude_special,
+        )
+
+    @property
+    def settled(self) -> dict[str, Any]:
+        """What a store that is continued must have been begun with."""
+        tokens = TOKEN_COLUMNS if self.flags.keep.keep_tokens else {}
+        return settled(Manifest(self.source, self.flags.keep.codec, {}, self.shard_rows, tokens=tokens), self.widths)
+
+    def check(self) -> None:
+        """Raise UserError for a store of other settings or other processes, and a disk that is too small."""
+        found, parts = found_manifest(self.objects), begun_parts(self.objects)
+        processes = parts.size if parts and not found else 1
+        begun = [found] if found else list(parts.manifests.values()) if parts else []
+        if not begun:
+            self._check_space(0)
+            return
+        there = {name: site.width for name, site in begun[0].sites.items()}
+        if changed := differences(settled(begun[0], there), json.loads(json.dumps(self.settled))):
+            raise UserError(
+                f"{self.store} was begun with other settings ({'; '.join(changed)}): give those again to continue it, "
+                "or another --store"
+            )
+        if not (found and found.complete):
+            if processes != self.everyone.size:
+                again = f"torchrun --nproc_per_node={processes}" if processes > 1 else "one process"
+                raise UserError(f"{self.store} was begun by {processes} processes: continue it with {again}")
+            self._check_space(sum(one.rows for one in begun))
+
+    def _check_space(self, done: int) -> None:
+        if "://" in self.store:
+            return
+        needed, free = self.bytes_of(self.passes.rows - done), shutil.disk_usage(self.store).free
+        if needed > free:
+            raise UserError(
+                f"the store needs {size(needed)} more and {self.store} has {size(free)} free: give fewer --tokens, "
+                "--codec int8, or another --store"
+            )
+
+    def bytes_of(self, rows: int) -> int:
+        tokens = 16 if self.flags.keep.keep_tokens else 0
+        return rows * (sum(self.widths.values()) * ITEMSIZE[self.flags.keep.codec] + tokens)
+
+    def go(self) -> None:
+        """This process's rows into its part of the store; the first joins the parts."""
+        if self._finished():
+            return
+        alone, rank = self.everyone.size == 1, self.everyone.rank
+        objects = self.objects if alone else PartObjects(self.objects, rank, self.everyone.size, self.first_shard)
+        if alone or not ((part := found_manifest(objects)) and part.complete):
+            self._write(objects)
+        self.everyone.wait()
+        if self.everyone.first:
+            if not alone:
+                join_parts(self.objects, self.everyone.size)
+            self._finished()
+        self.everyone.wait()
+
+    def _finished(self) -> bool:
+        """Whether the store is complete, which is said."""
+        found = found_manifest(self.objects)
+        if not (found and found.complete):
+            return False
+        if self.everyone.first:
+            drop_parts(self.objects)
+            written = sum(file.bytes for shard in found.shards for file in shard.files.values())
+            print(f"{self.store} is complete: {found.rows:,} rows in {len(found.shards)} shards, {size(written)}")
+            print(f"train from it: python run.py --activations {self.store}", flush=True)
+        return True
+
+    def _write(self, objects: Objects) -> None:
+        flags, stopping = self.flags.keep, Stopping()
+        with (
+            stopping.listening(),
+            StoreWriter(
+                objects,
+                self.widths,
+                self.source,
+                codec=flags.codec,
+                shard_rows=self.shard_rows,
+                modules={name: f"{site.module}:{site.side}" for name, site in self.sites.items()},
+                tokens=TOKEN_COLUMNS if flags.keep_tokens else None,
+                affine=self._affine(),
+                versions=provenance()["versions"],
+                run=self.store.rstrip("/").rsplit("/", 1)[-1],
+            ) as writer,
+        ):
+            try:
+                self._fill(writer, stopping)
+            except StopRequested:
+                writer.close()
+                raise Interrupted(
+                    f"by {stopping.reason} at row {writer.rows:,} of {self.last - self.first:,}: the shards until "
+                    "there are kept; the same command continues after them"
+                ) from None
+            writer.finish()
+
+    def _fill(self, writer: StoreWriter, stopping: Stopping) -> None:
+        total, flags = self.last - self.first, self.flags.keep
+        left = self.passes.within(self.first + writer.rows, self.last)
+        if self.everyone.first:
+            self._describe(writer.rows)
+        label = "harvesting" if self.everyone.size == 1 else f"harvesting (process 0 of {self.everyone.size})"
+        # Others are silent: their shares are as large.
+        progress = Progress(label, total, "rows", writer.rows, 10.0 if self.everyone.first else float("inf"))
+        with progress if self.everyone.first else contextlib.nullcontext():
+            for number, chosen in left:
+                with stopping.abandoning():
+                    rows = self._rows(number)
+                tokens = self.passes.columns(number, chosen) if flags.keep_tokens else None
+                writer.append({name: x[chosen] for name, x in rows.items()}, tokens)
+                if self.everyone.first:
+                    progress.update(writer.appended, f"{size(self.bytes_of(writer.appended))} written")
+        with stopping.abandoning():  # a wish from the last rows on
+            pass
+
+    def _rows(self, number: int) -> dict[str, Tensor]:
+        passes = self.passes
+        which = passes.contexts(number)
+        return captured_rows(
+            self.model, passes.text, which, list(self.sites.values()), contexts_per_forward=passes.per_forward
+        )
+
+    def _describe(self, done: int) -> None:
+        """Say what will be done and about how long it takes, from the quicker of two forward passes."""
+        number, chosen = next(self.passes.within(self.first + done, self.last), (0, slice(1)))
+        times = []
+        for _ in range(2):
+            began = time.perf_counter()
+            for x in self._rows(number).values():
+                x[chosen][-1:].cpu()  # a GPU has then done it
+            times.append(time.perf_counter() - began)
+        rate = int(self.passes.starts[number + 1] - self.passes.starts[number]) / min(times)
+        rows, shards = self.passes.rows, -(-self.passes.rows // self.shard_rows)
+        text, keep = self.passes.text, self.flags.keep
+        shown = ", ".join(f"{name} (width {width})" for name, width in self.widths.items())
+        print(f"model {self.flags.model.model} on {self.model.device}: {shown}")
+        print(f"text {text.identity['text']['source']}: {quantity(text.n_tokens)} tokens, held-out documents left out")
+        if keep.tokens is not None and text.n_tokens < (self.flags.tokens or 0):
+            print(f"note: --tokens is {keep.tokens}, the text has no more")
+        if done:
+            print(f"continuing after {done:,} rows")
+        seconds = (self.last - self.first - done) / rate
+        sharing = f", {self.everyone.size} processes" if self.everyone.size > 1 else ""
+        print(
+            f"plan: {rows:,} rows as {keep.codec} in {shards} shards of {self.shard_rows:,}: "
+            f"{size(self.bytes_of(rows))}; {quantity(rate)} rows/s in the model (measured on one pass), "
+            f"about {duration(seconds)} and what writing adds{sharing}",
+            flush=True,
+        )
+
+    def _affine(self) -> Mapping[str, Affine8] | None:
+        """With several processes, int8's mean and scale from the first rows of the text: each finds the same."""
+        if self.flags.keep.codec != "int8" or self.everyone.size == 1:
+            return None
+        wanted = min(CALIBRATION_ROWS, self.shard_rows, self.passes.rows)
+        found: dict[str, list[Tensor]] = {name: [] for name in self.widths}
+        for number, chosen in self.passes.within(0, wanted):
+            for name, x in self._rows(number).items():
+                found[name].append(x[chosen].float().cpu())
+        return {name: calibrate(torch.cat(parts)) for name, parts in found.items()}
+
+
+def settled(manifest: Manifest, widths: Mapping[str, int]) -> dict[str, Any]:
+    """What decides the files of a store."""
+    return {
+        **vars(manifest.source),
+        "codec": manifest.codec,
+        "shard_rows": manifest.shard_rows,
+        "keep_tokens": bool(manifest.tokens),
+        "sites": dict(widths),
+    }
+
+
+def size(n_bytes: float) -> str:
+    """A number of bytes as people say it."""
+    for limit, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if n_bytes >= limit:
+            return f"{n_bytes / limit:.3g} {unit}"
+    return f"{n_bytes / 1024:.3g} KiB"

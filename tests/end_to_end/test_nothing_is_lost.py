@@ -1,0 +1,241 @@
+"""run.py killed again and again, and moved from machine to machine: it ends with the bits of a run left in peace."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparse_coding.config import parse
+from sparse_coding.pipeline import run
+from sparse_coding.run_settings import RunSettings
+from sparse_coding.training.run_folder import read_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "--tokens 30k --batch-size 128 --buffer-rows 2048 --eval-rows 1k --splice-tokens 500 --ratios 0.5 1 --l1 0.5 4 "
+    "--latents 3 --layer 1 --checkpoint-seconds 0.01 --checkpoint-share 1 --dead-latents resample --resample-rows 1k "
+    "--resample-every 50 --resample-times 3 --dead-feature-window 2000"
+)
+STEPS = 234
+KILLS = 20
+KILLER = """
+import os, random, runpy, signal, sys, time
+from pathlib import Path
+import matplotlib.pyplot, transformers, sparse_coding.pipeline  # once for all the processes that are killed
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+out, last, words = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+draw = random.Random(0)
+kinds = [*["start"] * 5, *["training"] * 10]
+draw.shuffle(kinds)
+kinds += ["end"] * 5
+
+def newest():
+    return max((path.name for path in out.glob("checkpoints/step-*")), default="")
+
+def moment(kind, before, running):
+    while running():
+        if kind == "training" and newest() > before or kind == "end" and newest() >= last or kind == "start":
+            return time.monotonic() + draw.uniform(0, {"start": 1.0, "training": 0.1, "end": 0.8}[kind])
+        if (out / "results.jsonl").exists():
+            return time.monotonic() + draw.uniform(0, 0.8)
+        time.sleep(0.002)
+    return 0
+
+for kind in [*kinds, "whole"]:
+    before, child = newest(), os.fork()
+    if not child:
+        sys.argv, code = ["run.py", *words], 1
+        try:
+            runpy.run_path("run.py", run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    ended = []
+    def running():
+        if not ended:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            ended.extend([os.waitstatus_to_exitcode(status)] if pid else [])
+        return not ended
+    until = moment(kind, before, running) if kind != "whole" else float("inf")
+    while running() and time.monotonic() < until:
+        time.sleep(0.002)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        print(f"killed: {kind}, at {newest() or 'no checkpoint'}", flush=True)
+    elif ended[0]:
+        sys.exit(f"{kind}: it ended with {ended[0]}")
+"""
+
+
+def flags(model: Path, text: Path, out: Path, *more: str) -> list[str]:
+    return [*SMALL.split(), "--model", str(model), "--text", str(text), "--out", str(out), *more]
+
+
+def main(*words: str) -> Path:
+    return run(parse(RunSettings, words, "run.py", ""))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_gpt2, small_text, tmp_path_factory):
+    """The folder of a run that nothing happens to."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    main(*flags(small_gpt2, small_text, out))
+    return out
+
+
+def assert_same_run(expected: Path, got: Path) -> None:
+    for folder in sorted((expected / "dictionaries").iterdir()):
+        a, b = (load_file(base / "dictionaries" / folder.name / "sae_weights.safetensors") for base in (expected, got))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a), folder.name
+
+    def timeless(base):
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in read_lines(base / "log.jsonl")]
+
+    assert timeless(expected) == timeless(got)
+    for name in ("results.jsonl", "latents.json", "members.json"):
+        assert (expected / name).read_bytes() == (got / name).read_bytes(), name
+
+
+def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(undisturbed, small_gpt2, small_text, tmp_path):
+    """Five times while it starts, ten while it trains, five while it evaluates and draws its report."""
+    out = tmp_path / "killed"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(out), f"step-{STEPS:09d}", *flags(small_gpt2, small_text, out)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills = [line for line in done.stdout.splitlines() if line.startswith("killed")]
+    assert len(kills) >= KILLS - 2, kills  # the last ones may find nothing left to do
+    assert done.stderr.count("continuing at step") >= 4, kills
+    assert_same_run(undisturbed, out)
+
+
+def test_the_real_command_killed_and_started_by_hand(undisturbed, small_gpt2, small_text, tmp_path):
+    """Without the fork above: a process of its own, killed in training, and SIGTERM, and then left in peace."""
+    out = tmp_path / "killed"
+    words = [sys.executable, "run.py", *flags(small_gpt2, small_text, out)]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        before = {path.name for path in out.glob("checkpoints/step-*")}
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if {path.name for path in out.glob("checkpoints/step-*")} - before:
+                break
+            time.sleep(0.005)
+        began = time.monotonic()
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - began < 10
+        assert process.returncode in (-9, 130, -15, 0), errors
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(undisturbed, out)
+
+
+def test_with_sync_a_machine_may_vanish(undisturbed, small_gpt2, small_text, tmp_path):
+    """Killed without a word; the next machine has nothing but the command and the bucket."""
+    bucket, out = tmp_path / "bucket", tmp_path / "first machine"
+    words = [sys.executable, "run.py", *flags(small_gpt2, small_text, out, "--sync", str(bucket))]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(bucket.glob("checkpoints/step-*/state.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (bucket / "results.jsonl").exists()
+    shutil.rmtree(out)
+    second = tmp_path / "second machine"
+    environment = {**os.environ, "SPARSE_CODING_CACHE": str(tmp_path / "empty cache")}
+    done = subprocess.run(
+        [sys.executable, "run.py", *flags(small_gpt2, small_text, second, "--sync", str(bucket))],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "brought step" in done.stderr
+    assert "continuing at step" in done.stderr
+    assert_same_run(undisturbed, second)
+    there = {path.relative_to(bucket).as_posix() for path in bucket.rglob("*") if path.is_file()}
+    for name in ("log.jsonl", "settings.json", "members.json", "results.jsonl", "report.html", "latents.json"):
+        assert name in there
+        assert (bucket / name).read_bytes() == (second / name).read_bytes()
+    assert sum(name.endswith("sae_weights.safetensors") for name in there) == 4
+    assert not any(name.startswith("checkpoints/") for name in there)
+
+
+def test_no_key_reaches_a_file_or_a_line(small_gpt2, small_text, tmp_path):
+    """A bucket that cannot be reached, with credentials in the environment: they are in no error and no file."""
+    secret, key = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY", "AKIAIOSFODNN7EXAMPLE"
+    environment = {
+        **os.environ, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_ENDPOINT_URL": "ftp://127.0.0.1:9",
+        "AWS_REGION": "us-east-1",
+    }  # fmt: skip
+    out = tmp_path / "run"
+    words = flags(small_gpt2, small_text, out, "--sync", "s3://bucket/run")
+    code = (
+        "import sparse_coding.pipeline as p, runpy, sys\n"
+        "real = p.open_objects\n"
+        "p.open_objects = lambda url: real(url, seconds=1.0)\n"
+        "import sparse_coding.training.run_folder as f\n"
+        "f.END_SECONDS = f.STOP_SECONDS = 1.0\n"
+        "from sparse_coding.training.sync import Sync\n"
+        "Sync.run_settings = lambda self: None\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path('run.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run.py", *words],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "training goes on" in done.stderr
+    for text in (done.stdout, done.stderr):
+        assert secret not in text
+        assert key not in text
+    for path in out.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert secret.encode() not in data, path
+            assert key.encode() not in data, path
+
+
+def test_the_best_checkpoint_leaves_dictionaries_of_its_own(small_gpt2, small_text, tmp_path):
+    main(*flags(small_gpt2, small_text, tmp_path / "run", "--keep-best", "--keep-checkpoints", "1"))
+    names = [{path.name for path in (tmp_path / "run" / part / "dictionaries").iterdir()} for part in ("", "best")]
+    assert names[0] == names[1]
+    assert len(names[0]) == 4
+
+
+def test_what_protects_a_run_is_no_part_of_what_it_is(small_gpt2, small_text, tmp_path):
+    plain = parse(RunSettings, flags(small_gpt2, small_text, tmp_path), "run.py", "")
+    line = "--nan skip --auto-batch --keep-best --keep-checkpoints 5 --sync s3://bucket/x --checkpoint-seconds 9"
+    words = line.split()
+    careful = parse(RunSettings, [*flags(small_gpt2, small_text, tmp_path), *words], "run.py", "")
+    assert plain.identity() == careful.identity()
+    assert "bucket" not in json.dumps(careful.identity())
+
+
+def test_the_toy_study_is_synced_and_continued_too(tmp_path, command):
+    line = "replicate_toy_models.py --preset quick --l1 0.1 1 --ratios 0.5 1 --eval-samples 3000 --steps 60 --sync"
+    words = [*line.split(), str(tmp_path / "bucket")]
+    first = command(*words, "--out", str(tmp_path / "first"))
+    assert first.returncode == 0, first.stderr
+    assert (tmp_path / "bucket" / "report.html").exists()
+    second = command(*words, "--out", str(tmp_path / "second"))
+    assert second.returncode == 0, second.stderr
+    assert "brought a finished run" in second.stderr
+    assert (tmp_path / "second" / "results.jsonl").read_bytes() == (tmp_path / "first" / "results.jsonl").read_bytes()
