@@ -199,9 +199,15 @@ class LinearDictionary(TrainableDictionary):
         return x @ self.encoder
 
     def ranked(self, pre: Float[Tensor, "... B d_sae"]) -> Float[Tensor, "... B d_sae"]:
-        """What latents are compared by: what each would add to x_hat, that is pre times the norm of its atom."""
+        """What latents are compared by: what each would add to x_hat, that is pre times the norm of its atom.
+
+        Atoms that are still zero (init zero) count as of norm 1: nothing else could tell them apart.
+        """
         scores = pre.detach()
-        return scores if self.settings.decoder == "unit" else scores * self.norms.detach().unsqueeze(-2)
+        if self.settings.decoder == "unit":
+            return scores
+        norms = self.norms.detach()
+        return scores * torch.where(norms > 0, norms, 1.0).unsqueeze(-2)
 
     @property
     def signed(self) -> bool:

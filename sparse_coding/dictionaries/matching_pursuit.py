@@ -68,6 +68,7 @@ class MatchingPursuit(TrainableDictionary):
     Settings = MatchingPursuitSettings
     settings: MatchingPursuitSettings
     latent_axes: ClassVar[Mapping[str, int]] = {"W_dec": -2}
+    encodes_with_atoms = True
     W_dec: Float[Tensor, "... d_sae d_in"]
     b_dec: Float[Tensor, "... d_in"]
     k: Float[Tensor, "..."]

@@ -134,9 +134,8 @@ class Trainer:
     def _resample(self) -> None:
         """Give dead latents new directions, from the losses on the next rows of the stream."""
         n_batches = max(1, self.settings.dead.resample_rows // self.stream.batch_size)
-        batches = Batches(self.stream, self.step, n_batches)
-        for stack in self.stacks:
-            resample(stack, batches, self._moment(stack)._replace(error=None))
+        batches = (self.stream.batch(self.step + i) for i in range(n_batches))
+        resample(self.stacks, batches, self._moment(self.stacks[0])._replace(error=None))
 
     def _measure(self, batch: dict[str, Tensor]) -> None:
         """Sum the total variance of each site, the denominator of FVU in the log."""
@@ -220,16 +219,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class Batches:
-    """Some batches of a stream from a step on, read when they are asked for, as often as one likes."""
-
-    def __init__(self, stream: Stream, first: int, count: int):
-        self.stream, self.first, self.count = stream, first, count
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self.stream.batch(self.first + i) for i in range(self.count))
 
 
 def build_stacks(
