@@ -22,7 +22,7 @@ from tyro.conf import arg
 from sparse_coding import toy_study
 from sparse_coding.config import numbers, parse, to_dict
 from sparse_coding.device import pick_device
-from sparse_coding.dictionaries import architecture
+from sparse_coding.dictionaries import settings_of
 from sparse_coding.errors import UserError, reported
 from sparse_coding.evaluation import record, save_dictionaries, stability
 from sparse_coding.progress import Progress
@@ -60,7 +60,12 @@ GRIDS = {
 # In the form of 2023, whose L1 term is divided by the number of latents.
 RELU_2023 = ("l1_scaling=toy-2023", "init=toy-2023", "decoder_bias=false", "remove_parallel_gradient=false")
 # What the other architectures vary, on activations of norm 1 rather than sqrt(d_in).
-NEWER = {"l1_coefficient": "0.02,0.05,0.1,0.2,0.4,0.8", "k": "1,2,3,4,6,8", "l0_coefficient": "0.003,0.01,0.03,0.1,0.3"}
+NEWER = {
+    "l1_coefficient": "0.02,0.05,0.1,0.2,0.4,0.8",
+    "k": "1,2,3,4,6,8",
+    "l0_coefficient": "0.003,0.01,0.03,0.1,0.3",
+    "initial_threshold": "0.01",
+}
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,7 @@ def sweep(study: Study, chosen: Grid, world: World) -> SweepFlags:
         if name == "relu":
             words += [f"relu.{word}" for word in RELU_2023]
         else:
-            knobs = architecture(name).Settings.default_grid
-            words += [f"{name}.{knob}={values}" for knob, values in NEWER.items() if knob in knobs]
+            words += [f"{name}.{one}={values}" for one, values in NEWER.items() if one in settings_of(name)]
     per_feature = world.settings.n_features / world.settings.d_in
     if study.l1 and "relu" not in study.architecture:
         raise UserError("--l1 is relu's, which is not among the architectures: use --set gated.l1_coefficient=0.1,0.2")

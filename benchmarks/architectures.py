@@ -26,15 +26,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sparse_coding import toy_study
 from sparse_coding.evaluation import record
 from sparse_coding.provenance import provenance
+from sparse_coding.report import architecture_frontier
 from sparse_coding.synthetic import World, WorldStream, preset
 from sparse_coding.training.dead import DeadSettings
 from sparse_coding.training.optimizer import OptimizerSettings
 from sparse_coding.training.sweep import Member, grid
 from sparse_coding.training.trainer import Trainer, TrainingSettings
 
-RESULTS, IMAGES = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs" / "images"
+RESULTS, IMAGES = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs" / "images" / "architectures"
 SHOWN = ("mmcs", "fraction_above_0.9", "mmcs_dict_to_truth", "l0", "fvu", "dead")
 L1, K = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), (2, 3, 4, 6)
+
+
+NEAR_ZERO = {"initial_threshold": 0.01}  # the default suits activations of norm sqrt(d_in), these have norm 1
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ ROWS = (
     Row("batchtopk", "batchtopk", {"k": K}),
     Row("matryoshka", "matryoshka", {"k": K}),
     Row("matryoshka, random prefixes", "matryoshka", {"k": K}, {"prefixes": "random"}),
-    Row("jumprelu", "jumprelu", {"l0_coefficient": (0.01, 0.03, 0.1, 0.3)}),
-    Row("jumprelu, target L0", "jumprelu", {"target_l0": (2, 3, 4, 6)}),
+    Row("jumprelu", "jumprelu", {"l0_coefficient": (0.01, 0.03, 0.1, 0.3)}, NEAR_ZERO),
+    Row("jumprelu, target L0", "jumprelu", {"target_l0": (2, 3, 4, 6)}, NEAR_ZERO),
     Row("matching-pursuit", "matching-pursuit", {"k": K}),
 )
 
@@ -96,7 +100,8 @@ def train(rows_and_members: Sequence[tuple[Row, Member]], world: World, flags: a
         for index, (row, member) in enumerate(chosen):
             reconstruction, metrics = toy_study.measure(trainer.dictionary(index), world, batches)
             metrics.pop("max_cosines")
-            found.append({"row": row.name, **record(member, flags.ratio, reconstruction, metrics)})
+            known = record(member, flags.ratio, reconstruction, metrics)
+            found.append({"row": row.name, **known, "variant": row.name.partition(", ")[2]})
             found[-1].pop("density")
     return found
 
@@ -134,6 +139,14 @@ def table(found: Sequence[dict], best: Mapping[str, dict], controls: Mapping[str
     return "\n".join(lines)
 
 
+def draw_gpt(run: Path) -> None:
+    """The pictures of docs/architectures from the results of a finished run.py: all, and one with each highlighted."""
+    records = [json.loads(line) for line in (run / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    print(architecture_frontier(records, IMAGES / "frontier.png"))
+    for name in dict.fromkeys(one["architecture"] for one in records):
+        print(architecture_frontier(records, IMAGES / f"{name}.png", highlight=name))
+
+
 def spread(values: Sequence[float], name: str) -> str:
     """Mean ± sample standard deviation."""
     digits = {"l0": 2, "dead": 1}.get(name, 3)
@@ -167,7 +180,7 @@ def main() -> None:
     found = train(first, world, flags)
     best = best_settings(found)
     again = []
-    for row in rows:
+    for row in rows if flags.seeds[1:] else ():
         (knob,) = row.varied
         chosen = {knob: [best[row.name]["settings"][knob]]}
         again += [(row, m) for m in members_of(row, world, flags.ratio, flags.lr, flags.seeds[1:], chosen)]
@@ -196,6 +209,8 @@ def main() -> None:
         "features have nothing to find. L0, FVU and dead latents on 50,000 held-out samples without noise.\n"
     )
     print(text)
+    if flags.world == "quick" and not flags.out and not flags.rows:
+        architecture_frontier(found, IMAGES / "toy.png", true_l0=controls["l0_true"])
     out = flags.out or RESULTS / ("architectures" if flags.world == "quick" else f"architectures-{flags.world}")
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     data = {"provenance": facts, "seconds": seconds, "flags": vars(flags) | {"out": None}, "controls": controls}

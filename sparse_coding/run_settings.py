@@ -103,6 +103,12 @@ class TrainingFlags:
     """Activations per update."""
     optimizer: OptimizerName = "adam"
     """adam, adamw, sgd, signum, muon, schedule-free (AdamW)."""
+    beta1: float = 0.9
+    """Of adam, adamw and schedule-free: decay of the mean of the gradient. 0 for JumpReLU and gated in their papers."""
+    beta2: float = 0.999
+    """Of adam, adamw and schedule-free: decay of the mean of its square."""
+    momentum: float | None = None
+    """Of sgd (default 0.9), signum (0.95) and muon (0.95)."""
     weight_decay: float = 0.0
     """Decoupled for adamw, signum, muon and schedule-free; added to the gradient for adam and sgd."""
     clip_norm: float | None = None
@@ -249,7 +255,8 @@ class RunSettings:
     def optimizer_settings(self) -> OptimizerSettings:
         flags = self.training
         return OptimizerSettings(
-            name=flags.optimizer, weight_decay=flags.weight_decay, clip_norm=flags.clip_norm,
+            name=flags.optimizer, beta1=flags.beta1, beta2=flags.beta2, momentum=flags.momentum,
+            weight_decay=flags.weight_decay, clip_norm=flags.clip_norm,
             schedule=flags.schedule, warmup_steps=flags.warmup_steps, decay_fraction=flags.decay_fraction,
             restarts=flags.restarts, resample_warmup_steps=flags.resample_warmup_steps,
         )  # fmt: skip
