@@ -27,6 +27,7 @@ from sparse_coding import toy_study
 from sparse_coding.evaluation import record
 from sparse_coding.provenance import provenance
 from sparse_coding.report import architecture_frontier
+from sparse_coding.report.records import knob_name
 from sparse_coding.synthetic import World, WorldStream, preset
 from sparse_coding.training.dead import DeadSettings
 from sparse_coding.training.optimizer import OptimizerSettings
@@ -140,11 +141,31 @@ def table(found: Sequence[dict], best: Mapping[str, dict], controls: Mapping[str
 
 
 def draw_gpt(run: Path) -> None:
-    """The pictures of docs/architectures from the results of a finished run.py: all, and one with each highlighted."""
+    """What docs/architectures shows of a finished run.py: the frontier, one with each highlighted, and a table."""
     records = [json.loads(line) for line in (run / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
     print(architecture_frontier(records, IMAGES / "frontier.png"))
     for name in dict.fromkeys(one["architecture"] for one in records):
         print(architecture_frontier(records, IMAGES / f"{name}.png", highlight=name))
+    flags, facts, data = settings["run"], settings["provenance"], settings["data"]
+    lines = [
+        "# Every architecture on a language model\n",
+        f"{flags['model']['model']}, {', '.join(data['sites'])}, {records[0]['d_sae']:,} latents, {data['tokens']:,} "
+        f"tokens, seed {records[0]['seed']}, one sweep on one stream: "
+        f"`python run.py --architecture all --ratios 2 --set matching-pursuit.k=8,16,32`, {facts['date'][:10]}, torch "
+        f"{facts['versions']['torch']}, {settings['training']['seconds'] / 60:.0f} minutes of training beside other work. "
+        "Table and pictures: `python benchmarks/architectures.py --gpt RUN`.\n",
+        "| | setting | L0 | FVU | loss recovered | dead |",
+        "|" + "---|" * 6,
+    ]
+    for one in records:
+        knob = knob_name([one])
+        metrics = one["metrics"]
+        lines.append(
+            f"| {one['architecture']} | {knob} {one[knob]:g} | {metrics['l0']:.1f} | {metrics['fvu']:.3f} | "
+            f"{metrics['ce_recovered_zero']:.3f} | {metrics['dead']} |"
+        )
+    (RESULTS / "architectures-gpt.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def spread(values: Sequence[float], name: str) -> str:
