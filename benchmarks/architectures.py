@@ -153,8 +153,8 @@ def draw_gpt(run: Path) -> None:
         f"{flags['model']['model']}, {', '.join(data['sites'])}, {records[0]['d_sae']:,} latents, {data['tokens']:,} "
         f"tokens, seed {records[0]['seed']}, one sweep on one stream: "
         f"`python run.py --architecture all --ratios 2 --set matching-pursuit.k=8,16,32`, {facts['date'][:10]}, torch "
-        f"{facts['versions']['torch']}, {settings['training']['seconds'] / 60:.0f} minutes of training beside other work. "
-        "Table and pictures: `python benchmarks/architectures.py --gpt RUN`.\n",
+        f"{facts['versions']['torch']}, {settings['training']['seconds'] / 60:.0f} minutes of training beside other "
+        "work. Table and pictures: `python benchmarks/architectures.py --gpt RUN`.\n",
         "| | setting | L0 | FVU | loss recovered | dead |",
         "|" + "---|" * 6,
     ]
