@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, Losses, Moment, stop_gradient
-from sparse_coding.dictionaries.linear import DeadLatents, LinearDictionary, LinearSettings
+from sparse_coding.dictionaries.linear import LinearDictionary
+from sparse_coding.dictionaries.linear_settings import DeadLatents, LinearSettings
 from sparse_coding.dictionaries.selection import (
     following_threshold,
     group_ends,

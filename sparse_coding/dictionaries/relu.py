@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
-from sparse_coding.dictionaries.linear import LinearDictionary, LinearSettings, require_weight
+from sparse_coding.dictionaries.linear import LinearDictionary
+from sparse_coding.dictionaries.linear_settings import LinearSettings, require_weight
 from sparse_coding.errors import UserError
 from sparse_coding.kernels.relu import relu_l1_step
 from sparse_coding.kernels.result import StepResult
