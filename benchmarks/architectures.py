@@ -140,6 +140,16 @@ def table(found: Sequence[dict], best: Mapping[str, dict], controls: Mapping[str
     return "\n".join(lines)
 
 
+def draw_toy(found: Sequence[dict], true_l0: float) -> None:
+    """The frontiers of the toy world, of the first row of each architecture."""
+    first = {row.architecture: row.name for row in reversed(ROWS)}
+    print(
+        architecture_frontier(
+            [one for one in found if one["row"] in first.values()], IMAGES / "toy.png", true_l0=true_l0
+        )
+    )
+
+
 def draw_gpt(run: Path) -> None:
     """What docs/architectures shows of a finished run.py: the frontier, one with each highlighted, and a table."""
     records = [json.loads(line) for line in (run / "results.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -188,9 +198,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="another name than results/architectures[-WORLD]")
     parser.add_argument("--gpt", type=Path, help="a finished run to draw the pictures of docs/architectures from")
+    parser.add_argument("--redraw", action="store_true", help="draw docs/images/architectures/toy.png again")
     flags = parser.parse_args()
     if flags.gpt:
         draw_gpt(flags.gpt)
+        return
+    if flags.redraw:
+        kept = json.loads((RESULTS / "architectures.json").read_text(encoding="utf-8"))
+        draw_toy(kept["records"], kept["controls"]["l0_true"])
         return
     world = World(preset(flags.world), flags.device)
     rows = [row for row in ROWS if not flags.rows or row.name in flags.rows]
@@ -231,7 +246,7 @@ def main() -> None:
     )
     print(text)
     if flags.world == "quick" and not flags.out and not flags.rows:
-        architecture_frontier(found, IMAGES / "toy.png", true_l0=controls["l0_true"])
+        draw_toy(found, controls["l0_true"])
     out = flags.out or RESULTS / ("architectures" if flags.world == "quick" else f"architectures-{flags.world}")
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     data = {"provenance": facts, "seconds": seconds, "flags": vars(flags) | {"out": None}, "controls": controls}
