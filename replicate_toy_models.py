@@ -6,11 +6,13 @@ side by side; each is compared with the truth; heat maps show where recovery wor
     python replicate_toy_models.py                                  the small world, minutes on a laptop
     python replicate_toy_models.py --preset full                    the published geometry and grid, for a GPU
     python replicate_toy_models.py --preset full --world hoagy-2023-06   with the data of the published runs
+    python replicate_toy_models.py --architecture relu topk gated        newer dictionaries beside those of 2023
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,17 +23,19 @@ from sparse_coding import toy_study
 from sparse_coding.activations.objects import open_objects
 from sparse_coding.config import numbers, parse, to_dict
 from sparse_coding.device import pick_device
+from sparse_coding.dictionaries import settings_of
 from sparse_coding.errors import UserError, reported
 from sparse_coding.evaluation import record, save_dictionaries, stability
 from sparse_coding.progress import Progress
 from sparse_coding.provenance import provenance, short_hash
 from sparse_coding.report.toy_report import write_toy_report
+from sparse_coding.sweep_flags import SweepFlags
 from sparse_coding.synthetic import World, WorldStream, preset
 from sparse_coding.training.estimate import estimate
 from sparse_coding.training.micro_batches import plan_without_memory
 from sparse_coding.training.run_folder import RunFolder
 from sparse_coding.training.safety import Safety
-from sparse_coding.training.sweep import Member, grid
+from sparse_coding.training.sweep import Member
 from sparse_coding.training.sync import Sync
 from sparse_coding.training.trainer import Trainer, TrainingSettings
 
@@ -57,6 +61,17 @@ GRIDS = {
 }
 
 
+# In the form of 2023, whose L1 term is divided by the number of latents.
+RELU_2023 = ("l1_scaling=toy-2023", "init=toy-2023", "decoder_bias=false", "remove_parallel_gradient=false")
+# What the other architectures vary, on activations of norm 1 rather than sqrt(d_in).
+NEWER = {
+    "l1_coefficient": "0.02,0.05,0.1,0.2,0.4,0.8",
+    "k": "1,2,3,4,6,8",
+    "l0_coefficient": "0.003,0.01,0.03,0.1,0.3",
+    "initial_threshold": "0.01",
+}
+
+
 @dataclass(frozen=True)
 class Study:
     """Replicate the toy-model study of sparse autoencoders."""
@@ -68,6 +83,11 @@ class Study:
     """Another toy world than the preset's: quick, post-2022, hoagy-2023-06, hoagy-2023-07."""
     l1: tuple[str, ...] = ()
     """Other L1 coefficients than the preset's, such as 0.1 0.3 1 or logspace:-2:0:9."""
+    architecture: tuple[str, ...] = ("relu",)
+    """Several of relu (in the form of 2023), relu-april, lp, gated, topk, batchtopk, matryoshka, jumprelu and
+    matching-pursuit side by side, each with a grid of its own; --l1 is relu's."""
+    set: tuple[str, ...] = ()
+    """Any setting of an architecture, as in run.py: topk.k=2,3,4 gated.l1_coefficient=0.1,0.2 topk.selection=abs."""
     ratios: tuple[float, ...] = ()
     """Other dictionary ratios than the preset's (latents per true feature)."""
     steps: int | None = None
@@ -116,6 +136,29 @@ def complete(study: Study) -> tuple[Study, Grid]:
     return replace(study, preset=name), chosen
 
 
+def sweep(study: Study, chosen: Grid, world: World) -> SweepFlags:
+    """The dictionaries of the study, as flags of a sweep; ratios are latents per true feature there."""
+    words: list[str] = []
+    for name in study.architecture:
+        if name == "relu":
+            words += [f"relu.{word}" for word in RELU_2023]
+        else:
+            words += [f"{name}.{one}={values}" for one, values in NEWER.items() if one in settings_of(name)]
+    per_feature = world.settings.n_features / world.settings.d_in
+    if study.l1 and "relu" not in study.architecture:
+        raise UserError("--l1 is relu's, which is not among the architectures: use --set gated.l1_coefficient=0.1,0.2")
+    if "relu" in study.architecture:
+        l1 = ",".join(repr(value) for value in numbers(chosen.l1, "--l1"))
+        words.append(f"relu.l1_coefficient={l1}")
+    return SweepFlags(
+        architecture=study.architecture,
+        ratios=tuple(ratio * per_feature for ratio in chosen.ratios),
+        lr=(study.lr,),
+        seeds=study.seeds,
+        set=(*words, *study.set),
+    )
+
+
 def main(study: Study) -> Path:
     study, chosen = complete(study)
     device = pick_device(study.device)
@@ -124,20 +167,8 @@ def main(study: Study) -> Path:
     world = World(preset(chosen.world, seed=study.world_seed), device)
     stream = WorldStream(world, study.batch_size)
 
-    # The sweep: ReLU dictionaries in the form of 2023, whose L1 term is divided by the number of latents.
-    per_feature = world.settings.n_features / world.settings.d_in
-    members = grid(
-        "relu",
-        stream.widths,
-        ratios=[ratio * per_feature for ratio in chosen.ratios],
-        lrs=[study.lr],
-        seeds=study.seeds,
-        varied={"l1_coefficient": numbers(chosen.l1, "--l1")},
-        l1_scaling="toy-2023",
-        init="toy-2023",
-        decoder_bias=False,
-        remove_parallel_gradient=False,
-    )
+    # The sweep: every architecture at every setting, size and seed.
+    members = sweep(study, chosen, world).members(stream.widths)
     training = TrainingSettings(steps=chosen.steps, precision=study.precision, log_every=max(1, chosen.steps // 100))
     settings = {
         "kind": "toy",
@@ -147,6 +178,8 @@ def main(study: Study) -> Path:
         "seeds": list(study.seeds),
         "batch_size": study.batch_size,
         "lr": study.lr,
+        "architecture": list(study.architecture),
+        "set": list(study.set),
         "training": to_dict(training),
         "eval_samples": study.eval_samples,
         "device": device,
@@ -170,11 +203,11 @@ def main(study: Study) -> Path:
 def describe(
     members: list[Member], chosen: Grid, stream: WorldStream, training: TrainingSettings, device: str, safety: Safety
 ) -> None:
-    l1 = numbers(chosen.l1, "--l1")
-    print(
-        f"world {chosen.world}: {stream.world.settings.n_features} features in {stream.world.settings.d_in} dimensions"
-    )
-    print(f"grid: {len(l1)} L1 values {l1[0]:.3g} to {l1[-1]:.3g} x ratios {' '.join(f'{r:g}' for r in chosen.ratios)}")
+    world = stream.world.settings
+    print(f"world {chosen.world}: {world.n_features} features in {world.d_in} dimensions")
+    per_architecture = Counter(member.architecture for member in members)
+    counts = ", ".join(f"{count} {name}" for name, count in per_architecture.items())
+    print(f"grid: {counts}, ratios {' '.join(f'{ratio:g}' for ratio in chosen.ratios)}")
     with plan_without_memory(safety):
         print(f"plan: {estimate(members, stream, training, device)}", flush=True)
 

@@ -4,6 +4,8 @@
     python run.py --model gpt2 --layer 2        GPT-2 small on Pile10k, the MLP of layer 2
     python run.py --model FOLDER --text FILE    a model and a text of your own
     python run.py --l1 1 3 10 --ratios 2 8      another grid; `logspace:-1:1:9` gives nine values from 0.1 to 10
+    python run.py --architecture topk jumprelu --k 16 32      other dictionaries, side by side on the same stream
+    python run.py --location mlp_in --target-location mlp_out --architecture topk           transcoders
 
 Activations are scaled to mean norm sqrt(width), so that L1 values mean the same on every model. The same command
 continues a run that was stopped, or redraws the report of one that is finished.

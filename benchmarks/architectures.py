@@ -26,15 +26,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sparse_coding import toy_study
 from sparse_coding.evaluation import record
 from sparse_coding.provenance import provenance
+from sparse_coding.report import architecture_frontier
+from sparse_coding.report.records import knob_name
 from sparse_coding.synthetic import World, WorldStream, preset
 from sparse_coding.training.dead import DeadSettings
 from sparse_coding.training.optimizer import OptimizerSettings
 from sparse_coding.training.sweep import Member, grid
 from sparse_coding.training.trainer import Trainer, TrainingSettings
 
-RESULTS, IMAGES = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs" / "images"
+RESULTS, IMAGES = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs" / "images" / "architectures"
 SHOWN = ("mmcs", "fraction_above_0.9", "mmcs_dict_to_truth", "l0", "fvu", "dead")
 L1, K = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), (2, 3, 4, 6)
+
+
+NEAR_ZERO = {"initial_threshold": 0.01}  # the default suits activations of norm sqrt(d_in), these have norm 1
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,8 @@ ROWS = (
     Row("batchtopk", "batchtopk", {"k": K}),
     Row("matryoshka", "matryoshka", {"k": K}),
     Row("matryoshka, random prefixes", "matryoshka", {"k": K}, {"prefixes": "random"}),
-    Row("jumprelu", "jumprelu", {"l0_coefficient": (0.01, 0.03, 0.1, 0.3)}),
-    Row("jumprelu, target L0", "jumprelu", {"target_l0": (2, 3, 4, 6)}),
+    Row("jumprelu", "jumprelu", {"l0_coefficient": (0.01, 0.03, 0.1, 0.3)}, NEAR_ZERO),
+    Row("jumprelu, target L0", "jumprelu", {"target_l0": (2, 3, 4, 6)}, NEAR_ZERO),
     Row("matching-pursuit", "matching-pursuit", {"k": K}),
 )
 
@@ -96,7 +101,8 @@ def train(rows_and_members: Sequence[tuple[Row, Member]], world: World, flags: a
         for index, (row, member) in enumerate(chosen):
             reconstruction, metrics = toy_study.measure(trainer.dictionary(index), world, batches)
             metrics.pop("max_cosines")
-            found.append({"row": row.name, **record(member, flags.ratio, reconstruction, metrics)})
+            known = record(member, flags.ratio, reconstruction, metrics)
+            found.append({"row": row.name, **known, "variant": row.name.partition(", ")[2]})
             found[-1].pop("density")
     return found
 
@@ -134,6 +140,44 @@ def table(found: Sequence[dict], best: Mapping[str, dict], controls: Mapping[str
     return "\n".join(lines)
 
 
+def draw_toy(found: Sequence[dict], true_l0: float) -> None:
+    """The frontiers of the toy world, of the first row of each architecture."""
+    first = {row.architecture: row.name for row in reversed(ROWS)}
+    print(
+        architecture_frontier(
+            [one for one in found if one["row"] in first.values()], IMAGES / "toy.png", true_l0=true_l0
+        )
+    )
+
+
+def draw_gpt(run: Path) -> None:
+    """What docs/architectures shows of a finished run.py: the frontier, one with each highlighted, and a table."""
+    records = [json.loads(line) for line in (run / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+    print(architecture_frontier(records, IMAGES / "frontier.png"))
+    for name in dict.fromkeys(one["architecture"] for one in records):
+        print(architecture_frontier(records, IMAGES / f"{name}.png", highlight=name))
+    flags, facts, data = settings["run"], settings["provenance"], settings["data"]
+    lines = [
+        "# Every architecture on a language model\n",
+        f"{flags['model']['model']}, {', '.join(data['sites'])}, {records[0]['d_sae']:,} latents, {data['tokens']:,} "
+        f"tokens, seed {records[0]['seed']}, one sweep on one stream: "
+        f"`python run.py --architecture all --ratios 2 --set matching-pursuit.k=8,16,32`, {facts['date'][:10]}, torch "
+        f"{facts['versions']['torch']}, {settings['training']['seconds'] / 60:.0f} minutes of training beside other "
+        "work. Table and pictures: `python benchmarks/architectures.py --gpt RUN`.\n",
+        "| | setting | L0 | FVU | loss recovered | dead |",
+        "|" + "---|" * 6,
+    ]
+    for one in records:
+        knob = knob_name([one])
+        metrics = one["metrics"]
+        lines.append(
+            f"| {one['architecture']} | {knob} {one[knob]:g} | {metrics['l0']:.1f} | {metrics['fvu']:.3f} | "
+            f"{metrics['ce_recovered_zero']:.3f} | {metrics['dead']} |"
+        )
+    (RESULTS / "architectures-gpt.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def spread(values: Sequence[float], name: str) -> str:
     """Mean ± sample standard deviation."""
     digits = {"l0": 2, "dead": 1}.get(name, 3)
@@ -154,9 +198,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="another name than results/architectures[-WORLD]")
     parser.add_argument("--gpt", type=Path, help="a finished run to draw the pictures of docs/architectures from")
+    parser.add_argument("--redraw", action="store_true", help="draw docs/images/architectures/toy.png again")
     flags = parser.parse_args()
     if flags.gpt:
         draw_gpt(flags.gpt)
+        return
+    if flags.redraw:
+        kept = json.loads((RESULTS / "architectures.json").read_text(encoding="utf-8"))
+        draw_toy(kept["records"], kept["controls"]["l0_true"])
         return
     world = World(preset(flags.world), flags.device)
     rows = [row for row in ROWS if not flags.rows or row.name in flags.rows]
@@ -167,7 +216,7 @@ def main() -> None:
     found = train(first, world, flags)
     best = best_settings(found)
     again = []
-    for row in rows:
+    for row in rows if flags.seeds[1:] else ():
         (knob,) = row.varied
         chosen = {knob: [best[row.name]["settings"][knob]]}
         again += [(row, m) for m in members_of(row, world, flags.ratio, flags.lr, flags.seeds[1:], chosen)]
@@ -196,6 +245,8 @@ def main() -> None:
         "features have nothing to find. L0, FVU and dead latents on 50,000 held-out samples without noise.\n"
     )
     print(text)
+    if flags.world == "quick" and not flags.out and not flags.rows:
+        draw_toy(found, controls["l0_true"])
     out = flags.out or RESULTS / ("architectures" if flags.world == "quick" else f"architectures-{flags.world}")
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     data = {"provenance": facts, "seconds": seconds, "flags": vars(flags) | {"out": None}, "controls": controls}

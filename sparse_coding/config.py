@@ -79,7 +79,7 @@ def value_from_text(hint: Any, text: str, name: str) -> Any:
     """A setting's value written by hand: numbers, true, false and none as such, parts of a tuple between slashes."""
     if any(typing.get_origin(one) is tuple for one in (hint, *typing.get_args(hint))):
         return _value(hint, [_plain(part) for part in text.split("/")], name)
-    return _value(hint, _plain(text), name)
+    return _value(hint, text if typing.get_origin(hint) is typing.Literal else _plain(text), name)
 
 
 def _plain(text: str) -> Any:

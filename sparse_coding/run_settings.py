@@ -179,6 +179,12 @@ class TrainingFlags:
     """Activations per update."""
     optimizer: OptimizerName = "adam"
     """adam, adamw, sgd, signum, muon, schedule-free (AdamW)."""
+    beta1: float = 0.9
+    """Of adam, adamw and schedule-free: decay of the mean of the gradient. 0 for JumpReLU and gated in their papers."""
+    beta2: float = 0.999
+    """Of adam, adamw and schedule-free: decay of the mean of its square."""
+    momentum: float | None = None
+    """Of sgd (default 0.9), signum (0.95) and muon (0.95)."""
     weight_decay: float = 0.0
     """Decoupled for adamw, signum, muon and schedule-free; added to the gradient for adam and sgd."""
     clip_norm: float | None = None
@@ -193,24 +199,25 @@ class TrainingFlags:
     restarts: int = 4
     """Cycles of the schedule restarts."""
     sparsity_warmup_steps: int = 0
-    """Updates over which L1 and L0 coefficients rise from 0, and k falls to its value."""
+    """Updates over which L1 and L0 coefficients rise from 0, and k falls to its value (of topk, batchtopk and
+    matryoshka)."""
     buffer_rows: int = 131_072
     """Activations shuffled together; more mix contexts better and need more memory."""
     precision: Precision = "auto"
     """Of the matrix products; auto is bf16 where the hardware has it. fp16 scales its losses."""
     data_seed: int = 0
     """Seed of the order of the activations."""
-    dead_feature_window: int = 100_000
+    dead_feature_window: str = "100k"
     """Rows (tokens) without firing after which a latent is dead."""
     dead_feature_threshold: float = 0.0
     """A latent is dead too when it fired on less than this share of the rows of a sampling window; 0: no such rule."""
-    feature_sampling_window: int = 100_000
+    feature_sampling_window: str = "100k"
     """Rows (tokens) over which that share is taken."""
     resample_every: int | None = None
     """With --dead-latents resample: updates between resamplings; by default an eighth of the run."""
     resample_times: int = 4
     """Resamplings at most."""
-    resample_rows: str = "819k"
+    resample_rows: str = "819200"
     """Activations whose losses decide where resampled latents point; at most half of the run's."""
     resample_warmup_steps: int = 50
     """Updates over which the learning rate rises again after a resampling."""
@@ -320,14 +327,15 @@ class RunSettings:
             every = max(1, self.steps // 8) if flags.resample_every is None else flags.resample_every
         rows = min(count(flags.resample_rows, "--resample-rows"), max(1, self.steps * flags.batch_size // 2))
         return DeadSettings(
-            flags.dead_feature_window, flags.dead_feature_threshold, flags.feature_sampling_window,
-            every, flags.resample_times, rows,
+            count(flags.dead_feature_window, "--dead-feature-window"), flags.dead_feature_threshold,
+            count(flags.feature_sampling_window, "--feature-sampling-window"), every, flags.resample_times, rows,
         )  # fmt: skip
 
     def optimizer_settings(self) -> OptimizerSettings:
         flags = self.training
         return OptimizerSettings(
-            name=flags.optimizer, weight_decay=flags.weight_decay, clip_norm=flags.clip_norm,
+            name=flags.optimizer, beta1=flags.beta1, beta2=flags.beta2, momentum=flags.momentum,
+            weight_decay=flags.weight_decay, clip_norm=flags.clip_norm,
             schedule=flags.schedule, warmup_steps=flags.warmup_steps, decay_fraction=flags.decay_fraction,
             restarts=flags.restarts, resample_warmup_steps=flags.resample_warmup_steps,
         )  # fmt: skip

@@ -28,7 +28,7 @@ class SweepFlags:
     """L1 coefficients (relu, relu-april, lp, gated): numbers, or logspace:FIRST:LAST:HOW_MANY in powers of ten; by
     default 0.5 1 2 4 8."""
     k: tuple[str, ...] = ()
-    """Active latents per row (topk, batchtopk, matryoshka, matching-pursuit); by default 8 16 32 64."""
+    """Active latents per row (topk, matching-pursuit), or their mean (batchtopk, matryoshka); by default 8 16 32 64."""
     l0: tuple[str, ...] = ()
     """L0 coefficients (jumprelu); by default 0.25 0.5 1 2 4."""
     target_l0: tuple[str, ...] = ()
@@ -51,7 +51,8 @@ class SweepFlags:
     instead. toy-2023: mean, and the penalty divided by the number of latents."""
     loss: Loss = "mse"
     """What reconstructions are judged by: mse (squared error, summed over dims), fvu, l2 (the norm itself), or end to
-    end ce (next-token cross-entropy of the model with the reconstruction in place) and kl (its KL from the model)."""
+    end ce (next-token cross-entropy of the model with the reconstruction in place) and kl (its KL from the model).
+    The default L1 and L0 coefficients are for mse; the others are smaller numbers, and so must the coefficients be."""
     init: Literal["auto", "transpose", "orthogonal", "kaiming", "data", "zero", "toy-2023"] = "auto"
     """Initial weights: encoder = decoder^T with random or orthogonal directions, or with rows of the data; kaiming;
     zero (decoder 0, for transcoders with decoder=free)."""
@@ -86,9 +87,10 @@ class SweepFlags:
         skip: bool = False,
     ) -> list[Member]:
         """The grid of the flags, for every architecture, at every site; see `grid` for the arguments."""
-        choices = self._choices(skip)
+        names = self._fitting(bool(targets), bool(parts))
+        choices = self._choices(names, skip)
         members = []
-        for name in self.names:
+        for name in names:
             own = choices[name]
             varied = {field: values for field, values in own.items() if len(values) > 1}
             shared = {field: values[0] for field, values in own.items() if len(values) == 1}
@@ -96,21 +98,37 @@ class SweepFlags:
         require_distinct(members)
         return members
 
-    def _choices(self, skip: bool) -> dict[str, dict[str, tuple[Any, ...]]]:
+    def _fitting(self, transcode: bool, crosscode: bool) -> list[str]:
+        """The architectures that can do what is asked for: of `all` those that can, else it is an error."""
+        fitting = []
+        for name in self.names:
+            atoms = architecture(name).encodes_with_atoms
+            why = (
+                "cannot be a transcoder" if transcode and "d_out" not in settings_of(name)
+                else "cannot be a crosscoder" if crosscode and atoms
+                else "cannot take --normalise whiten" if self.normalise == "whiten" and atoms
+                else ""
+            )  # fmt: skip
+            if not why:
+                fitting.append(name)
+            elif self.architecture != ("all",):
+                raise UserError(f"{name} {why}, as its atoms are its encoder: leave it out")
+        return fitting
+
+    def _choices(self, names: Sequence[str], skip: bool) -> dict[str, dict[str, tuple[Any, ...]]]:
         """Architecture -> setting -> its values. A flag that no chosen architecture takes is an error."""
         found = {
             name: {f: tuple(v) for f, v in architecture(name).Settings.default_grid.items()} for name in self.names
         }
 
-        def choose(setting: str, values: tuple[Any, ...], names: Sequence[str] = self.names) -> None:
-            for name in require_setting(setting, names):
-                found[name][setting] = values
+        def choose(setting: str, values: tuple[Any, ...], among: Sequence[str] = names) -> None:
+            for name in require_setting(setting, among):
+                found[name][setting] = tuple(self._typed(name, setting, value) for value in values)
 
         given = (("l1_coefficient", self.l1, "--l1"), ("k", self.k, "--k"), ("l0_coefficient", self.l0, "--l0"))
         for setting, words, flag in (*given, ("target_l0", self.target_l0, "--target-l0")):
             if words:
-                hint = typing.get_type_hints(architecture(require_setting(setting, self.names)[0]).Settings)[setting]
-                choose(setting, tuple(int(v) if hint is int and v == int(v) else v for v in numbers(words, flag)))
+                choose(setting, numbers(words, flag))
         if self.target_l0 and not self.l0:
             choose("l0_coefficient", (1.0,))
         plain = {"tied": False, "decoder_bias": True, "l1_scaling": "sum", "init": "auto", "b_dec_init": "zero"}
@@ -120,7 +138,7 @@ class SweepFlags:
         if self.loss not in ("mse", *END_TO_END):
             choose("error", (self.loss,))
         if self.dead_latents == "resample":
-            for name in self.names:
+            for name in names:
                 if "dead_latents" in settings_of(name):
                     choose("dead_latents", ("none",), [name])
         elif self.dead_latents != "auto":
@@ -128,8 +146,8 @@ class SweepFlags:
         if skip:
             choose("skip", (True,))
         for word in self.set:
-            names, setting, values = self._setting(word)
-            choose(setting, values, names)
+            taking, setting, values = self._setting(word)
+            choose(setting, values, taking)
         for name, own in found.items():
             unread = {"k_aux", "auxk_coefficient"} & own.keys()
             methods = own.get("dead_latents") or (getattr(architecture(name).Settings, "dead_latents", "none"),)
@@ -154,5 +172,12 @@ class SweepFlags:
         taking = require_setting(setting, [owner] if dot else self.names)
         if setting in ("d_in", "d_sae", "d_out", "parts"):
             raise UserError(f"--set {word!r}: {setting} follows from the sites and --ratios, it cannot be set")
-        hint = typing.get_type_hints(architecture(taking[0]).Settings)[setting]
-        return taking, setting, tuple(value_from_text(hint, one, setting) for one in right.split(","))
+        return taking, setting, tuple(right.split(","))
+
+    @staticmethod
+    def _typed(name: str, setting: str, value: Any) -> Any:
+        """A value as the architecture has it: words of the command line as numbers, whole ones where it counts."""
+        hint = typing.get_type_hints(architecture(name).Settings)[setting]
+        if isinstance(value, str):
+            return value_from_text(hint, value, setting)
+        return int(value) if hint is int and value == int(value) else float(value) if hint is float else value

@@ -110,3 +110,18 @@ def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
         raise KeyboardInterrupt
     assert stop.value.code == 130
     assert "the same command continues" in capsys.readouterr().err
+
+
+def test_values_written_by_hand_become_what_the_setting_holds():
+    from typing import Literal
+
+    from sparse_coding.config import value_from_text
+
+    assert value_from_text(float, "2", "x") == 2.0
+    assert value_from_text(bool, "true", "x") is True
+    assert value_from_text(int | None, "none", "x") is None
+    assert value_from_text(Literal["none", "some"], "none", "x") == "none"
+    assert value_from_text(tuple[float, ...], "0.5/0.25/0.25", "x") == (0.5, 0.25, 0.25)
+    for hint, text in ((int, "2.5"), (bool, "1"), (Literal["a"], "b"), (tuple[float, ...], "a/b"), (int, "none")):
+        with pytest.raises(UserError, match="x"):
+            value_from_text(hint, text, "x")

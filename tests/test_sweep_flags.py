@@ -92,10 +92,14 @@ def test_transcoders_and_crosscoders():
     ]
     (found,) = members("--ratios", "1", "--l1", "1", widths={"a+b": 96}, parts={"a+b": [64, 32]})
     assert found.settings.parts == (64, 32)
-    (found,) = members(
-        "--architecture", "matching-pursuit", "--ratios", "1", "--k", "4", widths={"a+b": 96}, parts={"a+b": [64, 32]}
-    )
-    assert found.settings.d_in == 96
+    everything = members("--architecture", "all", "--ratios", "1", widths={"a+b": 96}, parts={"a+b": [64, 32]})
+    assert {m.architecture for m in everything} == set(ARCHITECTURES) - {"matching-pursuit"}  # all that can
+
+
+def test_a_number_is_what_each_architecture_has_it_as():
+    found = members("--architecture", "batchtopk", "topk", "--k", "8", "--ratios", "1", "--set", "auxk_coefficient=1")
+    assert [(m.architecture, type(m.settings.k)) for m in found] == [("batchtopk", float), ("topk", int)]
+    assert all(type(m.settings.auxk_coefficient) is float for m in found)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +124,7 @@ def test_transcoders_and_crosscoders():
         (["--architecture", "relo"], "did you mean 'relu'"),
         (["--l1", "1", "1"], "twice"),
         (["--dead-latents", "sometimes"], "sometimes"),
+        (["--architecture", "matching-pursuit", "--normalise", "whiten"], "cannot take --normalise whiten"),
     ],
 )
 def test_nonsense_is_one_clear_line(words, message):
@@ -129,5 +134,5 @@ def test_nonsense_is_one_clear_line(words, message):
 
 
 def test_a_transcoder_of_an_architecture_without_one_is_refused():
-    with pytest.raises(UserError, match=r"matching-pursuit takes no setting 'd_out'.*relu"):
+    with pytest.raises(UserError, match="matching-pursuit cannot be a transcoder"):
         members("--architecture", "matching-pursuit", "--k", "2", widths={"a": 64, "b": 32}, targets={"a": "b"})

@@ -133,6 +133,9 @@ class TrainableDictionary(Dictionary):
     """Tensors that training changes but no gradient reaches (a running threshold): buffers, saved with the rest."""
     latent_axes: ClassVar[Mapping[str, int]] = {}
     """Parameter -> its axis of latents, counted from the end; parameters without one are left out."""
+    encodes_with_atoms: ClassVar[bool] = False
+    """Whether the atoms are the encoder too, so that raw activations may differ from those of training in scale only:
+    no whitening, no crosscoder."""
     settings: DictionarySettings
 
     def __init__(self, settings: DictionarySettings, values: Mapping[str, Tensor], hyper: Mapping[str, Tensor]):

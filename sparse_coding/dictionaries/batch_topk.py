@@ -1,84 +1,42 @@
 """The BatchTopK dictionary: k latents per row on average, chosen over the whole batch.
 
-    training    f = relu(pre) where pre is among the int(k B) largest of the batch, 0 elsewhere
-    inference   f = pre H(pre - threshold)
+    f = relu(pre) where pre is among the int(k B) largest of the batch, 0 elsewhere; at inference a threshold
+    loss = E ||x - x_hat||^2 + auxk_coefficient AuxK
 
-so rows that need more latents get more. The threshold is the running mean (decay 0.99, bias-corrected, so right from
-the first step) of the smallest code kept in a batch; `encode` uses it, so that a row's codes do not depend on its
-company, and it is saved as a JumpReLU. k need not be whole.
+so rows that need more latents get more. See batch_selecting.py for the threshold.
 
 Source: Bussmann et al., arXiv 2412.06410.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_coding.dictionaries.base import SETTLED, Losses, Moment, stop_gradient
-from sparse_coding.dictionaries.linear import DeadLatents, LinearDictionary, LinearSettings
-from sparse_coding.dictionaries.selection import following_threshold, largest_of_batch, require_k, warmed_up
+from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
+from sparse_coding.dictionaries.batch_selecting import BatchSelecting, BatchSelectingSettings
 
 
 @dataclass(frozen=True)
-class BatchTopKSettings(LinearSettings):
+class BatchTopKSettings(BatchSelectingSettings):
     """Settings of one BatchTopK dictionary."""
-
-    k: float = 32
-    """Mean number of latents active in a row."""
-    dead_latents: DeadLatents = "auxk"
-
-    per_member: ClassVar[tuple[str, ...]] = ("k", "auxk_coefficient")
-    named: ClassVar[tuple[str, ...]] = ("k",)
-    default_grid: ClassVar[Mapping[str, tuple[float, ...]]] = {"k": (8, 16, 32, 64)}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_k(self.k, self.d_sae, whole=False)
 
 
 @final
-class BatchTopK(LinearDictionary):
+class BatchTopK(BatchSelecting):
     """k latents per row on average; a threshold at inference."""
 
     Settings = BatchTopKSettings
     settings: BatchTopKSettings
-    compares_latents = True
-    state_names = ("threshold",)
-    k: Float[Tensor, "..."]
-    threshold: Float[Tensor, "... d_sae"]
-    """One number per member, written out for every latent as JumpReLU has it."""
-
-    @classmethod
-    def own_values(cls, settings: BatchTopKSettings) -> dict[str, Tensor]:
-        return {"threshold": torch.zeros(settings.d_sae)}
-
-    def encode(self, x: Float[Tensor, "... B d_in"]) -> Float[Tensor, "... B d_sae"]:
-        pre = self.pre_activations(x)
-        return torch.where(self.ranked(pre) > self.threshold.unsqueeze(-2), torch.relu(pre), 0.0)
 
     def loss(
         self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None = None, moment: Moment = SETTLED
     ) -> Losses:
         target = x if target is None else target
-        settings = self.settings
-        k = warmed_up(self.k, moment.sparsity, settings.d_in, settings.d_sae)
-        most = self.largest["k"] if moment.sparsity >= 1 else settings.d_sae
         pre = self.pre_activations(x)
-        f = torch.where(largest_of_batch(self.ranked(pre), k, most), torch.relu(pre), 0.0)
+        f, state = self.select(pre, moment)
         x_hat = self.decode(f, x)
-        total = self.error(x_hat, target, moment)
-        state = {"threshold": following_threshold(self.threshold, self.ranked(stop_gradient(f)), moment.step)}
-        return self.finish(total, {}, pre, f, x_hat, target, moment, state)
-
-    def inference_values(self, values: Mapping[str, Tensor], shift: Tensor | float) -> dict[str, Tensor]:
-        return {"b_enc": values["b_enc"] + shift, "threshold": values["threshold"]}
-
-    @property
-    def saelens_architecture(self) -> dict[str, Any]:
-        return {"architecture": "jumprelu"}
+        return self.finish(self.error(x_hat, target, moment), {}, pre, f, x_hat, target, moment, state)

@@ -25,7 +25,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
-from sparse_coding.dictionaries.linear import LinearDictionary, LinearSettings, require_weight
+from sparse_coding.dictionaries.linear import LinearDictionary
+from sparse_coding.dictionaries.linear_settings import LinearSettings, require_weight
 from sparse_coding.errors import UserError
 
 Penalty = Literal["l0", "tanh"]

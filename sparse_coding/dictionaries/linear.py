@@ -11,131 +11,22 @@ sum of its norms at each; Lindsey et al., transformer-circuits, October 2024).
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_coding.dictionaries.base import DictionarySettings, Losses, Moment, Sample, TrainableDictionary
+from sparse_coding.dictionaries.base import Losses, Moment, Sample, TrainableDictionary
+from sparse_coding.dictionaries.linear_settings import LinearSettings
 from sparse_coding.dictionaries.normalise import Affine
-from sparse_coding.dictionaries.objective import ErrorKind, auxk_error, ghost_error, reconstruction_error
-from sparse_coding.dictionaries.start import BiasInit, Init, initial_bias, initial_weights
-from sparse_coding.errors import UserError
+from sparse_coding.dictionaries.objective import auxk_error, ghost_error, reconstruction_error
+from sparse_coding.dictionaries.start import initial_bias, initial_weights
 
-Decoder = Literal["unit", "free"]
-DeadLatents = Literal["none", "auxk", "ghost"]
 RESTARTED_NORM = 0.2
 """Length of a restarted encoder column, in mean lengths of the living ones (Bricken et al. 2023)."""
-
-
-@dataclass(frozen=True)
-class LinearSettings(DictionarySettings):
-    """Settings that every architecture with a linear encoder and decoder has."""
-
-    d_out: int | None = None
-    """Width of the target, for a transcoder; None for an autoencoder."""
-    skip: bool = False
-    """Add x W_skip^T to x_hat (transcoders only)."""
-    parts: tuple[int, ...] = ()
-    """Widths of the sites that lie side by side in x, for a crosscoder."""
-    tied: bool = False
-    """W_enc is the transpose of W_dec."""
-    decoder_bias: bool = True
-    """Learn b_dec, added after the decoder."""
-    subtract_b_dec: bool = True
-    """Subtract b_dec before the encoder too (autoencoders only)."""
-    decoder: Decoder = "unit"
-    """unit: atoms are kept at norm 1. free: they are not."""
-    remove_parallel_gradient: bool = True
-    """Drop from a unit atom's gradient the part along the atom, which re-normalisation would undo anyway."""
-    error: ErrorKind = "mse"
-    """How the distance to the target is measured: mse, fvu, l2 (see objective.py)."""
-    init: Init = "transpose"
-    """Initial weights: transpose, orthogonal, kaiming, data, zero, toy-2023 (see start.py)."""
-    init_norm: float = 1.0
-    """Length of the initial encoder columns, and of the initial atoms where the decoder is free; kaiming and toy-2023
-    have their own."""
-    b_dec_init: BiasInit = "zero"
-    """Initial b_dec: zero, mean, geometric-median."""
-    dead_latents: DeadLatents = "none"
-    """What revives dead latents: none, auxk (they learn what the living ones leave), ghost (ghost gradients).
-    Resampling is the trainer's."""
-    auxk_coefficient: float = 1 / 32
-    """Weight of AuxK."""
-    k_aux: int | None = None
-    """Dead latents that AuxK lets take part at once; by default half of d_out."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choices = (
-            ("decoder", Decoder),
-            ("error", ErrorKind),
-            ("init", Init),
-            ("b_dec_init", BiasInit),
-            ("dead_latents", DeadLatents),
-        )
-        if self.error in ("ce", "kl"):
-            raise UserError(
-                f"error {self.error!r} is what a language model loses, so it needs one: it is a loss of run.py (--loss "
-                f"{self.error}), not of a dictionary by itself, which takes {', '.join(get_args(ErrorKind))}"
-            )
-        for name, allowed in choices:
-            if getattr(self, name) not in get_args(allowed):
-                raise UserError(f"{name} is {getattr(self, name)!r}: allowed are {', '.join(get_args(allowed))}")
-        if self.d_out is not None and self.d_out < 1:
-            raise UserError(f"d_out is {self.d_out}: it must be at least 1")
-        if self.d_out is not None and (self.tied or self.parts):
-            word = "tied weights" if self.tied else "the parts of a crosscoder"
-            raise UserError(
-                f"{word} need the target to be the input, but d_out names another: leave one of the two out"
-            )
-        if self.skip and self.d_out is None:
-            raise UserError("a skip connection would let an autoencoder copy its input: it needs d_out, a transcoder")
-        if self.parts and sum(self.parts) != self.d_in:
-            raise UserError(
-                f"the parts {self.parts} add up to {sum(self.parts)}, the width of the input is {self.d_in}"
-            )
-        if self.tied and self.init in ("toy-2023", "kaiming", "zero"):
-            raise UserError(
-                f"init {self.init} draws encoder and decoder apart, which tied weights cannot: use transpose"
-            )
-        if self.init == "zero" and self.decoder == "unit":
-            raise UserError("init zero starts with atoms of norm 0, which a unit decoder cannot have: use decoder free")
-        require_bias(self.decoder_bias, self.b_dec_init)
-        require_weight("auxk_coefficient", self.auxk_coefficient)
-        require_weight("init_norm", self.init_norm)
-        if self.k_aux is not None and self.k_aux < 1:
-            raise UserError(f"k_aux is {self.k_aux}: it must be at least 1")
-
-    @property
-    def target_width(self) -> int:
-        return self.d_in if self.d_out is None else self.d_out
-
-    @property
-    def subtracts(self) -> bool:
-        """Whether the encoder sees x - b_dec."""
-        return self.decoder_bias and self.subtract_b_dec and self.d_out is None
-
-
-def require_weight(name: str, value: float) -> None:
-    """Raise UserError unless the weight of a term is a number of at least 0."""
-    if not (value >= 0 and math.isfinite(value)):
-        raise UserError(f"the {words(name)} is {value}: it must be 0 or a positive number")
-
-
-def require_bias(decoder_bias: bool, b_dec_init: str) -> None:
-    """Raise UserError for an initial value of a bias that is not there."""
-    if not decoder_bias and b_dec_init != "zero":
-        raise UserError(f"b_dec_init {b_dec_init} needs a bias, but decoder_bias is off: leave one of them out")
-
-
-def words(name: str) -> str:
-    """A setting's name in prose: l1_coefficient is the L1 coefficient."""
-    return " ".join(word.upper() if word in ("l0", "l1") else word for word in name.split("_"))
 
 
 class LinearDictionary(TrainableDictionary):
@@ -145,6 +36,8 @@ class LinearDictionary(TrainableDictionary):
     latent_axes: ClassVar[Mapping[str, int]] = {"W_enc": -1, "b_enc": -1, "W_dec": -2}
     nonnegative: ClassVar[tuple[str, ...]] = ()
     """Parameters that are set back to 0 where a step leaves them below."""
+    compares_latents: ClassVar[bool] = False
+    """Whether latents compete for a place, so that the norms of free atoms decide too."""
     W_enc: Float[Tensor, "... d_in d_sae"]
     b_enc: Float[Tensor, "... d_sae"]
     W_dec: Float[Tensor, "... d_sae d_out"]
@@ -180,9 +73,6 @@ class LinearDictionary(TrainableDictionary):
     def encoder(self) -> Float[Tensor, "... d_in d_sae"]:
         return self.W_dec.mT if self.settings.tied else self.W_enc
 
-    compares_latents: ClassVar[bool] = False
-    """Whether latents compete for a place, so that the norms of free atoms decide too."""
-
     @property
     def norms(self) -> Float[Tensor, "... d_sae"]:
         """Norms of the atoms; for a crosscoder the sum of the norms at each site."""
@@ -199,9 +89,15 @@ class LinearDictionary(TrainableDictionary):
         return x @ self.encoder
 
     def ranked(self, pre: Float[Tensor, "... B d_sae"]) -> Float[Tensor, "... B d_sae"]:
-        """What latents are compared by: what each would add to x_hat, that is pre times the norm of its atom."""
+        """What latents are compared by: what each would add to x_hat, that is pre times the norm of its atom.
+
+        Atoms that are still zero (init zero) count as of norm 1: nothing else could tell them apart.
+        """
         scores = pre.detach()
-        return scores if self.settings.decoder == "unit" else scores * self.norms.detach().unsqueeze(-2)
+        if self.settings.decoder == "unit":
+            return scores
+        norms = self.norms.detach()
+        return scores * torch.where(norms > 0, norms, 1.0).unsqueeze(-2)
 
     @property
     def signed(self) -> bool:

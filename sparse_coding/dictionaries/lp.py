@@ -6,6 +6,7 @@
 p is `p` until `anneal_start`, then comes down to `p_end` in `anneal_steps` equal stages over the rest of the run. At
 each change s is multiplied by mean(penalty at the old p) / mean(penalty at the new p) over the ten steps before, so
 that the penalty is continuous. The smaller p, the nearer the penalty is to L0, and the less it shrinks what is active.
+With a free decoder f_i counts times ||W_dec_i||.
 
 Source: Karvonen et al., arXiv 2408.00113 (p-annealing). The slope of f^p at 0 is infinite, which one Adam moment never
 forgets: `smoothing` e replaces f^p by (f + e)^p - e^p; 0 is the formula of the source.
@@ -22,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, Losses, Moment, stop_gradient
-from sparse_coding.dictionaries.linear import LinearDictionary, LinearSettings, require_weight
+from sparse_coding.dictionaries.linear import LinearDictionary
+from sparse_coding.dictionaries.linear_settings import LinearSettings, require_weight
 from sparse_coding.errors import UserError
 
 Form = Literal["sum", "norm"]
@@ -113,10 +115,11 @@ class Lp(LinearDictionary):
         f = torch.relu(pre)
         x_hat = self.decode(f, x)
         settings, stage = self.settings, self.settings.stage(moment.step, moment.steps)
-        penalty = self.penalty(f, settings.exponent(stage))
+        sizes = f * self.norms.unsqueeze(-2) if settings.decoder == "free" else f
+        penalty = self.penalty(sizes, settings.exponent(stage))
         weight = moment.sparsity * self.l1_coefficient * self.penalty_scale
         total = self.error(x_hat, target, moment) + weight * penalty
-        state = self.following_scale(stop_gradient(f), stop_gradient(penalty), stage, moment)
+        state = self.following_scale(stop_gradient(sizes), stop_gradient(penalty), stage, moment)
         return self.finish(total, {"penalty": penalty}, pre, f, x_hat, target, moment, state)
 
     def following_scale(self, f: Tensor, penalty: Tensor, stage: int, moment: Moment) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, DictionarySettings, Losses, Moment, Sample, TrainableDictionary
-from sparse_coding.dictionaries.linear import normalise_rows_, require_bias, require_weight
+from sparse_coding.dictionaries.linear import normalise_rows_
+from sparse_coding.dictionaries.linear_settings import require_bias, require_weight
 from sparse_coding.dictionaries.normalise import Affine
 from sparse_coding.dictionaries.objective import ErrorKind, reconstruction_error
 from sparse_coding.dictionaries.selection import require_k
@@ -68,6 +69,7 @@ class MatchingPursuit(TrainableDictionary):
     Settings = MatchingPursuitSettings
     settings: MatchingPursuitSettings
     latent_axes: ClassVar[Mapping[str, int]] = {"W_dec": -2}
+    encodes_with_atoms = True
     W_dec: Float[Tensor, "... d_sae d_in"]
     b_dec: Float[Tensor, "... d_in"]
     k: Float[Tensor, "..."]

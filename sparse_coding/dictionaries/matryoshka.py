@@ -14,35 +14,25 @@ prefixes twice). Random prefixes: Nabeshima, "Matryoshka sparse autoencoders" (2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, final, get_args
+from typing import Literal, final, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_coding.dictionaries.base import SETTLED, Losses, Moment, stop_gradient
-from sparse_coding.dictionaries.linear import DeadLatents, LinearDictionary, LinearSettings
-from sparse_coding.dictionaries.selection import (
-    following_threshold,
-    group_ends,
-    largest_of_batch,
-    random_ends,
-    require_k,
-    warmed_up,
-)
+from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
+from sparse_coding.dictionaries.batch_selecting import BatchSelecting, BatchSelectingSettings
+from sparse_coding.dictionaries.selection import group_ends, random_ends
 from sparse_coding.errors import UserError
 
 Prefixes = Literal["fixed", "random"]
 
 
 @dataclass(frozen=True)
-class MatryoshkaSettings(LinearSettings):
+class MatryoshkaSettings(BatchSelectingSettings):
     """Settings of one Matryoshka dictionary on BatchTopK."""
 
-    k: float = 32
-    """Mean number of latents active in a row."""
     prefixes: Prefixes = "fixed"
     """fixed, or random: drawn anew at every step."""
     group_fractions: tuple[float, ...] = (0.0625, 0.0625, 0.125, 0.25, 0.5)
@@ -51,15 +41,9 @@ class MatryoshkaSettings(LinearSettings):
     """How many random prefixes, the whole among them."""
     prefix_exponent: float = 0.5
     """How strongly random prefixes prefer to be short."""
-    dead_latents: DeadLatents = "auxk"
-
-    per_member: ClassVar[tuple[str, ...]] = ("k", "auxk_coefficient")
-    named: ClassVar[tuple[str, ...]] = ("k",)
-    default_grid: ClassVar[Mapping[str, tuple[float, ...]]] = {"k": (8, 16, 32, 64)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_k(self.k, self.d_sae, whole=False)
         if self.prefixes not in get_args(Prefixes):
             raise UserError(f"prefixes is {self.prefixes!r}: allowed are {', '.join(get_args(Prefixes))}")
         if self.prefixes == "fixed":
@@ -75,23 +59,11 @@ class MatryoshkaSettings(LinearSettings):
 
 
 @final
-class Matryoshka(LinearDictionary):
+class Matryoshka(BatchSelecting):
     """BatchTopK whose prefixes reconstruct too."""
 
     Settings = MatryoshkaSettings
     settings: MatryoshkaSettings
-    compares_latents = True
-    state_names = ("threshold",)
-    k: Float[Tensor, "..."]
-    threshold: Float[Tensor, "... d_sae"]
-
-    @classmethod
-    def own_values(cls, settings: MatryoshkaSettings) -> dict[str, Tensor]:
-        return {"threshold": torch.zeros(settings.d_sae)}
-
-    def encode(self, x: Float[Tensor, "... B d_in"]) -> Float[Tensor, "... B d_sae"]:
-        pre = self.pre_activations(x)
-        return torch.where(self.ranked(pre) > self.threshold.unsqueeze(-2), torch.relu(pre), 0.0)
 
     def ends(self, step: int) -> list[int]:
         """Where the prefixes of this step end. Random ones are a function of the step, the same for all members."""
@@ -105,11 +77,8 @@ class Matryoshka(LinearDictionary):
         self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None = None, moment: Moment = SETTLED
     ) -> Losses:
         target = x if target is None else target
-        settings = self.settings
-        k = warmed_up(self.k, moment.sparsity, settings.d_in, settings.d_sae)
-        most = self.largest["k"] if moment.sparsity >= 1 else settings.d_sae
         pre = self.pre_activations(x)
-        f = torch.where(largest_of_batch(self.ranked(pre), k, most), torch.relu(pre), 0.0)
+        f, state = self.select(pre, moment)
         errors, first = [], 0
         x_hat = self.without_latents(x)
         for end in self.ends(moment.step):
@@ -117,12 +86,4 @@ class Matryoshka(LinearDictionary):
             errors.append(self.error(x_hat, target, moment))
             first = end
         total = torch.stack(errors).sum(0)
-        state = {"threshold": following_threshold(self.threshold, self.ranked(stop_gradient(f)), moment.step)}
         return self.finish(total, {"shortest_prefix": errors[0]}, pre, f, x_hat, target, moment, state)
-
-    def inference_values(self, values: Mapping[str, Tensor], shift: Tensor | float) -> dict[str, Tensor]:
-        return {"b_enc": values["b_enc"] + shift, "threshold": values["threshold"]}
-
-    @property
-    def saelens_architecture(self) -> dict[str, Any]:
-        return {"architecture": "jumprelu"}

@@ -4,6 +4,8 @@
 
     loss = E ||x - x_hat||^2 + l1_coefficient E ||f||_1
 
+With a free decoder the penalty counts the atoms' norms, as in relu_april.py: else they would grow to shrink it.
+
 Sources: Sharkey, Braun, Millidge, "Taking features out of superposition with sparse autoencoders" (2022); Cunningham
 et al., arXiv 2309.08600; Bricken et al., "Towards Monosemanticity" (2023).
 """
@@ -19,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
-from sparse_coding.dictionaries.linear import LinearDictionary, LinearSettings, require_weight
+from sparse_coding.dictionaries.linear import LinearDictionary
+from sparse_coding.dictionaries.linear_settings import LinearSettings, require_weight
 from sparse_coding.errors import UserError
 from sparse_coding.kernels.relu import relu_l1_step
 from sparse_coding.kernels.result import StepResult
@@ -90,7 +93,8 @@ class ReLU(LinearDictionary):
         pre = self.pre_activations(x)
         f = torch.relu(pre)
         x_hat = self.decode(f, x)
-        l1 = f.sum(-1).mean(-1)
+        sizes = f.mean(-2)
+        l1 = (sizes * self.norms if self.settings.decoder == "free" else sizes).sum(-1)
         total = error_weight * self.error(x_hat, target, moment)
         total = total + l1_weight * moment.sparsity * self.l1_coefficient * l1
         return self.finish(total, {"l1": l1}, pre, f, x_hat, target, moment)
@@ -101,7 +105,7 @@ class ReLU(LinearDictionary):
         settings = self.settings
         reviving = moment.dead is not None and settings.dead_latents != "none"
         plain = settings.d_out is None and settings.error == "mse" and moment.error is None and not reviving
-        if not plain or (settings.decoder_bias and not settings.subtract_b_dec):
+        if not plain or settings.decoder == "free" or (settings.decoder_bias and not settings.subtract_b_dec):
             return None
         error_weight, l1_weight = self.weights
         values = self.tensors()

@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
-from sparse_coding.dictionaries.linear import Decoder, LinearDictionary, LinearSettings, require_weight
+from sparse_coding.dictionaries.linear import LinearDictionary
+from sparse_coding.dictionaries.linear_settings import Decoder, LinearSettings, require_weight
 
 
 @dataclass(frozen=True)

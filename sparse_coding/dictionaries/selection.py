@@ -17,7 +17,9 @@ def require_k(k: float, d_sae: int, whole: bool) -> None:
     if not 1 <= k <= d_sae:
         raise UserError(f"k is {k:g}, but the dictionary has {d_sae} latents: k must lie between 1 and {d_sae}")
     if whole and k != int(k):
-        raise UserError(f"k is {k:g}: it is a whole number of latents in each row; batchtopk and matryoshka take a mean")
+        raise UserError(
+            f"k is {k:g}: it is a whole number of latents in each row; batchtopk and matryoshka take a mean"
+        )
 
 
 def warmed_up(k: Float[Tensor, "..."], sparsity: float, d_in: int, d_sae: int) -> Float[Tensor, "..."]:

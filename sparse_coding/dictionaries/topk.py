@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
-from sparse_coding.dictionaries.linear import DeadLatents, LinearDictionary, LinearSettings
+from sparse_coding.dictionaries.linear import LinearDictionary
+from sparse_coding.dictionaries.linear_settings import DeadLatents, LinearSettings
 from sparse_coding.dictionaries.selection import largest_per_group, largest_per_row, require_k, warmed_up
 from sparse_coding.errors import UserError
 

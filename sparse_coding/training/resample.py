@@ -9,7 +9,7 @@ appendix "Neuron resampling".
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -21,26 +21,42 @@ from sparse_coding.training.sweep import Member
 
 
 @torch.no_grad()
-def resample(stack: Stack, batches: Iterable[Mapping[str, Tensor]], moment: Moment) -> list[int]:
-    """Give every dead latent of a stack a new direction; returns how many each member had.
+def resample(stacks: Sequence[Stack], batches: Iterable[Mapping[str, Tensor]], moment: Moment) -> list[int]:
+    """Give every dead latent of every stack a new direction; returns how many each member had, stack by stack.
 
-    `batches` are the rows whose losses count, read once. Waits for the device once per batch at most.
+    `batches` are the rows whose losses count. They are read once for all stacks, and not at all where nothing is dead.
     """
-    dead = stack.clocks.dead()
-    counts = dead.sum(1).tolist()
-    if not any(counts):
-        return counts
-    draws = [_Draw(member, moment.step, count) for member, count in zip(stack.members, counts, strict=True)]
-    for batch in batches:
-        x, target = stack.rows(batch)
-        losses = (stack.dictionary.loss(x, target, moment).x_hat - (x if target is None else target)).square().sum(-1)
-        for index, draw in enumerate(draws):
-            draw.offer(losses[index], x, x if target is None else target)
-    for index, draw in enumerate(draws):
-        if counts[index]:
-            latents = dead[index].nonzero().flatten()[: len(draw.keys)]
-            stack.restart_(index, latents, draw.x, draw.target)
-    return counts
+    resamplings = [_Resampling(stack, moment) for stack in stacks]
+    needed = [one for one in resamplings if any(one.counts)]
+    for batch in batches if needed else ():
+        for one in needed:
+            one.read(batch)
+    for one in needed:
+        one.restart()
+    return [count for one in resamplings for count in one.counts]
+
+
+class _Resampling:
+    """The resampling of one stack."""
+
+    def __init__(self, stack: Stack, moment: Moment):
+        self.stack, self.moment, self.dead = stack, moment, stack.clocks.dead()
+        self.counts: list[int] = self.dead.sum(1).tolist()
+        self.draws = [_Draw(one, moment.step, count) for one, count in zip(stack.members, self.counts, strict=True)]
+
+    def read(self, batch: Mapping[str, Tensor]) -> None:
+        """Offer the rows of a batch to every member, by how badly it reconstructs them."""
+        x, target = self.stack.rows(batch)
+        x_hat = self.stack.dictionary.loss(x, target, self.moment).x_hat
+        target = x if target is None else target
+        for losses, draw in zip((x_hat - target).square().sum(-1), self.draws, strict=True):
+            draw.offer(losses, x, target)
+
+    def restart(self) -> None:
+        for index, draw in enumerate(self.draws):
+            if draw.count:
+                latents = self.dead[index].nonzero().flatten()[: len(draw.keys)]
+                self.stack.restart_(index, latents, draw.x, draw.target)
 
 
 class _Draw:

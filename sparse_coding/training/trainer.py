@@ -100,8 +100,8 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.skipped: list[int] = []
         """Updates whose batch was left out."""
-        self.resampled: int | None = None
-        """While dead latents are resampled: how many stacks are done."""
+        self.resampling = False
+        """Dead latents are to be resampled before the next update."""
         self.mean_fvu = math.nan
         """Of the last line of the log."""
         self.careful = torch.device(device).type == "cpu"
@@ -123,7 +123,7 @@ class Trainer:
         self._began = time.monotonic() - self.seconds
         with self.stopping.listening(), Progress("training", settings.steps, start=self.step) as progress:
             try:
-                if self.resampled is not None:
+                if self.resampling:
                     self._resample()
                     self._after(progress)
                 while self.step < settings.steps:
@@ -180,7 +180,7 @@ class Trainer:
                 self.moments[site][1] += 1
         self.step += 1
         if settings.dead.resamples_after(self.step):
-            self.resampled = 0
+            self.resampling = True
             self._resample()
 
     def _after(self, progress: Progress) -> None:
@@ -222,14 +222,14 @@ class Trainer:
             raise
 
     def _resample(self) -> None:
-        """Give dead latents new directions, from the losses on the next rows of the stream, one stack at a time."""
-        assert self.resampled is not None
+        """Give dead latents new directions, from the losses on the next rows of the stream.
+
+        Nothing changes before all rows are read, so a stop in between leaves it to be done again, with the same draws.
+        """
         n_batches = max(1, self.settings.dead.resample_rows // self.stream.batch_size)
-        batches = Batches(self._read, self.step, n_batches)
-        for stack in self.stacks[self.resampled :]:
-            resample(stack, batches, self._moment(stack)._replace(error=None))
-            self.resampled += 1
-        self.resampled = None
+        batches = (self._read(self.step + i) for i in range(n_batches))
+        resample(self.stacks, batches, self._moment(self.stacks[0])._replace(error=None))
+        self.resampling = False
 
     def _log(self, scale: float) -> dict[str, Any]:
         """One line of the log: averages since the last line. The only place that waits for the device."""
@@ -342,7 +342,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint into the run folder, if there is one and it does not hold this state yet."""
-        state = self.step, self.resampled, len(self.skipped)
+        state = self.step, self.resampling, len(self.skipped)
         if self.folder is None or state == self._saved:
             return
         with self.clock.timing() if self.clock else nullcontext():
@@ -350,7 +350,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "steps_summed": self.stacks[0].steps_summed,
                 "skipped": self.skipped,
-                "resampled": self.resampled,
+                "resampling": self.resampling,
                 "pieces": [stack.micro.pieces for stack in self.stacks],
                 "fvu": self.mean_fvu,
             }
@@ -380,16 +380,16 @@ class Trainer:
             self.stacks = build_stacks(self.members, self.groups, self.stream, self.settings, self.device)
         for moments in self.moments.values():
             moments.zero_()
-        self.step, self.resampled, pieces = 0, None, [1] * len(self.stacks)
+        self.step, self.resampling, pieces = 0, False, [1] * len(self.stacks)
         found = checkpoint.newest(self.folder.path / "checkpoints", self.device) if self.folder else None
         if found:
             tensors, facts = found
-            self.step, self.resampled, pieces = facts["step"], facts["resampled"], facts["pieces"]
+            self.step, self.resampling, pieces = facts["step"], facts["resampling"], facts["pieces"]
             self.seconds = max(self.seconds, facts["seconds"])
             self.skipped = sorted({*self.skipped, *facts["skipped"]})
             self.mean_fvu = facts["fvu"]
             self._load(tensors, facts["steps_summed"])
-            self._saved = self.step, self.resampled, len(facts["skipped"])
+            self._saved = self.step, self.resampling, len(facts["skipped"])
         if self.safety.auto_batch:
             for stack, number in zip(self.stacks, pieces, strict=True):
                 stack.allow_micro_batches(number)
@@ -411,16 +411,6 @@ class _NotFinite(Exception):
 def _total_variance(x: Tensor) -> Tensor:
     """Of a batch [B d], over dims: the denominator of FVU in the log. NaN or infinity where x holds any."""
     return (x - x.mean(0)).square().sum() / len(x)
-
-
-class Batches:
-    """Some batches from a step on, read when they are asked for, as often as one likes."""
-
-    def __init__(self, read: Callable[[int], dict[str, Tensor]], first: int, count: int):
-        self.read, self.first, self.count = read, first, count
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self.read(self.first + i) for i in range(self.count))
 
 
 def build_stacks(

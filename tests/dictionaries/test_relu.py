@@ -104,7 +104,6 @@ def test_moments_that_the_fused_step_cannot_say_fall_back_to_autograd():
     [
         {},
         {"tied": True},
-        {"decoder": "free"},
         {"decoder_bias": False},
         {"decoder_bias": False, "subtract_b_dec": False},
         {"l1_scaling": "mean"},

@@ -129,3 +129,10 @@ def test_what_is_not_kept_gets_no_gradient(selection):
     losses = stack.loss(X)
     found = gradients(stack, losses)
     assert_close(found["b_enc"] != 0, (losses.f != 0).any(-2))
+
+
+def test_atoms_that_are_still_zero_are_ranked_by_their_pre_activations():
+    """Else all would tie at 0, and the few that win the tie would win every later choice."""
+    stack = by_hand(1, decoder="free", norms=(0.0, 0.0, 0.0, 0.0))
+    pre = torch.tensor([[0.1, 3.0, 2.0, 0.5]])
+    assert_close(stack.ranked(pre), pre.expand_as(stack.ranked(pre)))

@@ -61,21 +61,6 @@ def test_every_architecture_in_one_sweep_is_saved_as_it_was_measured(normalise, 
     assert json.loads(config.read_text())["normalize_activations"] == known.get(normalise, "none")
 
 
-def test_matching_pursuit_cannot_be_whitened(small_gpt2, small_text, tmp_path):
-    with pytest.raises(UserError, match=r"matching pursuit encodes with its atoms.*mean-norm"):
-        go(
-            small_gpt2,
-            small_text,
-            tmp_path / "run",
-            "--architecture",
-            "matching-pursuit",
-            "--k",
-            "4",
-            "--normalise",
-            "whiten",
-        )
-
-
 @pytest.mark.parametrize("skip", [[], ["--skip"]])
 def test_transcoders_predict_what_the_mlp_makes_of_its_input(skip, small_gpt2, small_text, tmp_path):
     how = ["--location", "mlp_in", "--target-location", "mlp_out", "--architecture", "topk", "relu", "--k", "4",
@@ -202,7 +187,8 @@ def test_every_way_with_dead_latents_runs(method, small_gpt2, small_text, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--target-location mlp_out --architecture matching-pursuit", "no setting 'd_out'"),
+        ("--target-location mlp_out --architecture matching-pursuit", "cannot be a transcoder"),
+        ("--architecture matching-pursuit --crosscoder", "cannot be a crosscoder"),
         ("--location mlp --target-location mlp", "is an autoencoder"),
         ("--skip", "--skip is for transcoders"),
         ("--crosscoder", "needs several sites"),

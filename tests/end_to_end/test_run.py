@@ -86,7 +86,7 @@ def test_saved_dictionaries_take_raw_activations(finished, small_gpt2, small_tex
 
     out, _ = finished
     captured = capture_stage(settings(*flags(small_gpt2, small_text, out)))
-    x = rows(captured.model, captured.held_out, slice(40), captured.sites)["blocks.1.mlp.hook_post"][:1000]
+    x = rows(captured.model, captured.held_out, slice(40), captured.trained_sites)["blocks.1.mlp.hook_post"][:1000]
     for record in read_lines(out / "results.jsonl"):
         dictionary = load_dictionary(out / "dictionaries" / record["name"])
         with torch.no_grad():

@@ -38,7 +38,7 @@ def test_dead_latents_point_at_inputs_and_their_memory_is_wiped(name, optimizer)
     dead = stack.clocks.dead()
     assert dead[1, [3, 5]].all()
     before = {key: value.clone() for key, value in stack.dictionary.tensors().items()}
-    resample(stack, [{"x": X}], Moment(4, 10))
+    resample([stack], [{"x": X}], Moment(4, 10))
     after = stack.dictionary.tensors()
     alive = ~dead
     for key, axis in stack.dictionary.latent_axes.items():
@@ -71,7 +71,7 @@ def test_dead_latents_point_at_inputs_and_their_memory_is_wiped(name, optimizer)
 def test_the_living_are_left_alone_when_nothing_is_dead():
     stack = Stack(grid("relu", {"x": 8}, [1]), OptimizerSettings(), "cpu", torch.float32)
     before = {key: value.clone() for key, value in stack.dictionary.tensors().items()}
-    assert resample(stack, iter(()), Moment()) == [0]
+    assert resample([stack], iter(()), Moment()) == [0]
     assert all(torch.equal(value, before[key]) for key, value in stack.dictionary.tensors().items())
 
 
@@ -111,3 +111,10 @@ def test_resampling_in_a_run_revives_latents_and_does_not_depend_on_the_company(
     assert n_dead[0] > 10
     assert n_dead[1] < 0.7 * n_dead[0]
     assert_close(both.dictionary(1).atoms, alone.dictionary(0).atoms, atol=1e-5, rtol=1e-4)
+
+
+def test_the_rows_are_read_once_for_all_stacks():
+    stacks, reads = [trained_stack(), trained_stack("gated")], []
+    resample(stacks, (reads.append(i) or {"x": X[i * 64 : (i + 1) * 64]} for i in range(4)), Moment(4, 10))
+    assert reads == [0, 1, 2, 3]
+    assert not any(stack.clocks.dead()[1, [3, 5]].any() for stack in stacks)
