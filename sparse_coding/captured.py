@@ -226,8 +226,13 @@ def target_sites(settings: RunSettings, names: list[str], model: LanguageModel |
         found = {
             name: site_name(model, layer, flags.target_location) for name, layer in zip(names, flags.layer, strict=True)
         }
+    elif flags.target_sites:
+        found = dict(zip(names, flags.target_sites, strict=True))
     else:
-        found = dict(zip(names, flags.target_sites, strict=False))
+        return {}
+    if len(found) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{twice} is given twice: one transcoder a site; predict its other targets in another run")
     for name, target in found.items():
         if name == target:
             raise UserError(f"a transcoder from {name} to itself is an autoencoder: leave the target out")

@@ -72,7 +72,15 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{name} is {value!r}: it must be {getattr(hint, '__name__', hint)}")
+    raise UserError(f"{name} is {value!r}: it must be {_in_words(hint)}")
+
+
+def _in_words(hint: Any) -> str:
+    """A type as a user says it."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_in_words(option) for option in typing.get_args(hint))
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def value_from_text(hint: Any, text: str, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,9 @@ def evaluate(settings: RunSettings, captured: Captured, trainer: Trainer, folder
             ratio = member.settings.d_sae / member.settings.d_in
             records.append(record(member, ratio, reconstruction, metrics))
             progress.update(index + 1)
+    diverged = [one["name"] for one in records if one["metrics"]["fvu"] is None]
+    if diverged:
+        print(f"diverged, no finite error: {', '.join(diverged)}; lower --lr for these", file=sys.stderr, flush=True)
     if settings.evaluation.latents and captured.held_out is not None:
         folder.write_json("latents.json", list_latents(settings, captured, members, inference, kept, records))
     folder.finish(records)

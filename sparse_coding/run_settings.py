@@ -304,10 +304,39 @@ class RunSettings:
                 f"--normalise {self.sweep.normalise} would need the target's own size to undo it, which a transcoder "
                 "does not see: use mean-norm, whiten or none"
             )
-        if self.training.resample_every is not None and self.sweep.dead_latents != "resample":
-            raise UserError("--resample-every is for --dead-latents resample: give that too")
-        method = self.sweep.dead_latents if self.sweep.dead_latents in ("auxk", "ghost") else ""
-        self.dead_settings().check(self.steps, training.batch_size, method)
+        self._check_reads()
+        if training.batch_size < 2 and (loss == "fvu" or "ghost" in self.sweep.revivals):
+            raise UserError("--batch-size is 1: fvu and ghost gradients need the spread of a batch, at least 2 rows")
+        dead = self.dead_settings()
+        for method in sorted(self.sweep.revivals) or [""]:
+            dead.check(self.steps, training.batch_size, method)
+
+    def _check_reads(self) -> None:
+        """Refuse flags that were given and would not be read."""
+        flags, resampling = self.training, self.sweep.dead_latents == "resample"
+        defaults = TrainingFlags()
+        adam = flags.optimizer in ("adam", "adamw", "schedule-free", "muon")
+        for name, read, needs in (
+            ("resample_every", resampling, "--dead-latents resample"),
+            ("resample_times", resampling, "--dead-latents resample"),
+            ("resample_rows", resampling, "--dead-latents resample"),
+            ("resample_warmup_steps", resampling, "--dead-latents resample"),
+            ("feature_sampling_window", flags.dead_feature_threshold > 0, "--dead-feature-threshold"),
+            ("beta1", adam, "an optimizer that has it (adam, adamw, muon, schedule-free)"),
+            ("beta2", adam, "an optimizer that has it (adam, adamw, muon, schedule-free)"),
+            ("restarts", flags.schedule == "restarts", "--schedule restarts"),
+            ("decay_fraction", flags.schedule in ("linear", "cosine"), "--schedule linear or cosine"),
+        ):
+            if getattr(flags, name) != getattr(defaults, name) and not read:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} would not be read: it goes with {needs}; give that too, or leave {flag} out")
+        if flags.resample_every is not None and flags.resample_every < 1:
+            raise UserError(f"--resample-every is {flags.resample_every}: it must be at least 1")
+        if flags.warmup_steps != defaults.warmup_steps and flags.warmup_steps >= self.steps:
+            raise UserError(
+                f"--warmup-steps is {flags.warmup_steps:,}, but the run has {self.steps:,} updates: the learning rate "
+                "would never reach its height; give fewer, or more --tokens"
+            )
 
     def check_grid(self) -> None:
         """Raise UserError for a grid that makes no sense at any width."""

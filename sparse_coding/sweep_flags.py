@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,7 +78,14 @@ class SweepFlags:
         """The architectures."""
         if not self.architecture:
             raise UserError(f"--architecture is empty: give some of {', '.join(ARCHITECTURES)}")
-        return tuple(ARCHITECTURES) if self.architecture == ("all",) else self.architecture
+        if self.architecture == ("all",):
+            return tuple(ARCHITECTURES)
+        if "all" in self.architecture:
+            raise UserError("--architecture all stands alone: leave out the others")
+        for name in self.architecture:
+            if self.architecture.count(name) > 1:
+                raise UserError(f"--architecture names {name} twice: leave one out")
+        return self.architecture
 
     def members(
         self,
@@ -94,7 +102,8 @@ class SweepFlags:
             own = choices[name]
             varied = {field: values for field, values in own.items() if len(values) > 1}
             shared = {field: values[0] for field, values in own.items() if len(values) == 1}
-            members += grid(name, widths, self.ratios, self.lr, self.seeds, varied, targets, parts, **shared)
+            with _of(name if len(names) > 1 else ""):
+                members += grid(name, widths, self.ratios, self.lr, self.seeds, varied, targets, parts, **shared)
         require_distinct(members)
         return members
 
@@ -116,38 +125,47 @@ class SweepFlags:
         return fitting
 
     def _choices(self, names: Sequence[str], skip: bool) -> dict[str, dict[str, tuple[Any, ...]]]:
-        """Architecture -> setting -> its values. A flag that no chosen architecture takes is an error."""
+        """Architecture -> setting -> its values. A flag that no chosen architecture takes is an error, and so is a
+        setting that two of them set."""
         found = {
             name: {f: tuple(v) for f, v in architecture(name).Settings.default_grid.items()} for name in self.names
         }
+        given: dict[tuple[str, str], str] = {}
 
-        def choose(setting: str, values: tuple[Any, ...], among: Sequence[str] = names) -> None:
-            for name in require_setting(setting, among):
+        def choose(flag: str, setting: str, values: tuple[Any, ...], among: Sequence[str] = names) -> None:
+            for name in require_setting(setting, among, flag):
+                before = given.setdefault((name, setting), flag)
+                if before != flag:
+                    raise UserError(f"{setting} of {name} is set by {before} and by {flag}: leave one of the two out")
                 found[name][setting] = tuple(self._typed(name, setting, value) for value in values)
 
-        given = (("l1_coefficient", self.l1, "--l1"), ("k", self.k, "--k"), ("l0_coefficient", self.l0, "--l0"))
-        for setting, words, flag in (*given, ("target_l0", self.target_l0, "--target-l0")):
+        for flag, setting, words in (
+            ("--l1", "l1_coefficient", self.l1), ("--k", "k", self.k), ("--l0", "l0_coefficient", self.l0),
+            ("--target-l0", "target_l0", self.target_l0),
+        ):  # fmt: skip
             if words:
-                choose(setting, numbers(words, flag))
-        if self.target_l0 and not self.l0:
-            choose("l0_coefficient", (1.0,))
-        plain = {"tied": False, "decoder_bias": True, "l1_scaling": "sum", "init": "auto", "b_dec_init": "zero"}
-        for setting, default in plain.items():
+                choose(flag, setting, numbers(words, flag))
+        for flag, setting, default in (
+            ("--tied", "tied", False), ("--no-decoder-bias", "decoder_bias", True),
+            ("--l1-scaling", "l1_scaling", "sum"), ("--init", "init", "auto"), ("--b-dec-init", "b_dec_init", "zero"),
+        ):  # fmt: skip
             if getattr(self, setting) != default:
-                choose(setting, (getattr(self, setting),))
+                choose(flag, setting, (getattr(self, setting),))
         if self.loss not in ("mse", *END_TO_END):
-            choose("error", (self.loss,))
+            choose("--loss", "error", (self.loss,))
         if self.dead_latents == "resample":
             for name in names:
                 if "dead_latents" in settings_of(name):
-                    choose("dead_latents", ("none",), [name])
+                    choose("--dead-latents", "dead_latents", ("none",), [name])
         elif self.dead_latents != "auto":
-            choose("dead_latents", (self.dead_latents,))
+            choose("--dead-latents", "dead_latents", (self.dead_latents,))
         if skip:
-            choose("skip", (True,))
+            choose("--skip", "skip", (True,))
         for word in self.set:
             taking, setting, values = self._setting(word)
-            choose(setting, values, taking)
+            choose(f"--set {word}", setting, values, taking)
+        if self.target_l0 and not any(setting == "l0_coefficient" for _, setting in given):
+            choose("--target-l0", "l0_coefficient", (1.0,))
         for name, own in found.items():
             unread = {"k_aux", "auxk_coefficient"} & own.keys()
             methods = own.get("dead_latents") or (getattr(architecture(name).Settings, "dead_latents", "none"),)
@@ -157,6 +175,15 @@ class SweepFlags:
                     f"which is {methods[0]!r} here; give --dead-latents auxk too"
                 )
         return found
+
+    @property
+    def revivals(self) -> set[str]:
+        """Methods against dead latents that were asked for by name."""
+        words = {self.dead_latents} - {"auto", "none", "resample"}
+        for word in self.set:
+            _, setting, values = self._setting(word)
+            words |= set(values) if setting == "dead_latents" else set()
+        return words - {"none"}
 
     def _setting(self, word: str) -> tuple[Sequence[str], str, tuple[Any, ...]]:
         """(architectures, setting, values) of one word of --set."""
@@ -169,7 +196,7 @@ class SweepFlags:
                 f"--set {word!r}: {owner!r} is not among the architectures of this run "
                 f"({', '.join(self.names)}){near(owner, self.names)}"
             )
-        taking = require_setting(setting, [owner] if dot else self.names)
+        taking = require_setting(setting, [owner] if dot else self.names, f"--set {word}")
         if setting in ("d_in", "d_sae", "d_out", "parts"):
             raise UserError(f"--set {word!r}: {setting} follows from the sites and --ratios, it cannot be set")
         return taking, setting, tuple(right.split(","))
@@ -181,3 +208,13 @@ class SweepFlags:
         if isinstance(value, str):
             return value_from_text(hint, value, setting)
         return int(value) if hint is int and value == int(value) else float(value) if hint is float else value
+
+
+@contextmanager
+def _of(architecture_name: str) -> Iterator[None]:
+    """Says which of several architectures a mistake is about."""
+    try:
+        yield
+    except UserError as error:
+        named = not architecture_name or str(error).startswith(architecture_name)
+        raise UserError(str(error) if named else f"{architecture_name}: {error}") from None

@@ -37,7 +37,7 @@ def test_settings_survive_json_unchanged():
     [
         ({"stepz": 1}, "did you mean 'steps'"),
         ({"inner": {"lrr": 1.0}}, "did you mean 'lr'"),
-        ({"steps": "3"}, "steps is '3': it must be int"),
+        ({"steps": "3"}, "steps is '3': it must be a whole number"),
         ({"steps": True}, "steps is True"),
         ({"sizes": [1, "2"]}, r"sizes\[1\] is '2'"),
         ({"inner": {"kind": "c"}}, "allowed are a, b"),

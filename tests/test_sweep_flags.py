@@ -136,3 +136,36 @@ def test_nonsense_is_one_clear_line(words, message):
 def test_a_transcoder_of_an_architecture_without_one_is_refused():
     with pytest.raises(UserError, match="matching-pursuit cannot be a transcoder"):
         members("--architecture", "matching-pursuit", "--k", "2", widths={"a": 64, "b": 32}, targets={"a": "b"})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--l1", "2", "--set", "l1_coefficient=1"], "set by --l1 and by --set l1_coefficient=1"),
+        (["--architecture", "topk", "--k", "2", "--set", "topk.k=3"], "k of topk is set by --k and by"),
+        (["--loss", "l2", "--set", "error=fvu"], "error of relu is set by --loss and by"),
+        (["--dead-latents", "auxk", "--set", "dead_latents=none"], "set by --dead-latents and by"),
+        (["--architecture", "topk", "topk"], "names topk twice"),
+        (["--architecture", "all", "relu"], "all stands alone"),
+        (["--ratios", "nan"], "a ratio is nan"),
+        (["--l1", "1.00000001", "1"], "agree to six digits"),
+        (["--architecture", "relu", "topk", "--init", "zero"], "relu: init zero starts with atoms of norm 0"),
+        (["--k", "3"], "--k: relu takes no setting 'k'"),
+        (["--set", "k_aux=1.5", "--dead-latents", "auxk"], "k_aux is 1.5: it must be a whole number or none"),
+        (["--architecture", "topk", "--k", "0"], "k is 0: it must be at least 1"),
+    ],
+)
+def test_what_would_be_ignored_or_misread_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        members(*words)
+
+
+def test_names_of_many_sites_fit_a_file_system():
+    sites = {f"blocks.{layer}.hook_resid_post": 8 for layer in range(24)}
+    name = "+".join(sites)
+    first, second = (
+        members("--l1", "1", "--ratios", "1", widths={joined: 8 * 24}, parts={joined: [8] * 24})[0].name
+        for joined in (name, name.replace("blocks.3.", "blocks.33."))
+    )
+    assert max(len(first), len(second)) < 200
+    assert first != second

@@ -49,15 +49,20 @@ def settings_of(name: str) -> list[str]:
     return [field.name for field in fields(architecture(name).Settings)]
 
 
-def require_setting(setting: str, names: Iterable[str]) -> list[str]:
-    """Which of the architectures `names` take a setting. UserError naming those that do where none of them does."""
+def require_setting(setting: str, names: Iterable[str], flag: str = "") -> list[str]:
+    """Which of the architectures `names` take a setting. UserError naming those that do where none of them does.
+
+    `flag` is how it was asked for, where that is not its name.
+    """
     names = list(names)
     taking = [name for name in names if setting in settings_of(name)]
     if not taking:
         everywhere = [name for name in ARCHITECTURES if setting in settings_of(name)]
         known = sorted({field for name in ARCHITECTURES for field in settings_of(name)})
         who = f"it belongs to {', '.join(everywhere)}" if everywhere else f"none has it{near(setting, known)}"
-        raise UserError(f"{' and '.join(names)} {'takes' if len(names) == 1 else 'take'} no setting {setting!r}: {who}")
+        asked = f"{flag}: " if flag else ""
+        take = "takes" if len(names) == 1 else "take"
+        raise UserError(f"{asked}{' and '.join(names)} {take} no setting {setting!r}: {who}")
     return taking
 
 

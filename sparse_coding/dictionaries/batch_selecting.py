@@ -46,14 +46,16 @@ class BatchSelecting(LinearDictionary):
 
     settings: BatchSelectingSettings
     compares_latents = True
-    state_names = ("threshold",)
+    state_names = ("threshold", "batches_seen")
     k: Float[Tensor, "..."]
     threshold: Float[Tensor, "... d_sae"]
     """One number per member, written out for every latent as JumpReLU has it."""
+    batches_seen: Float[Tensor, "..."]
+    """Batches that the threshold is the mean of."""
 
     @classmethod
     def own_values(cls, settings: BatchSelectingSettings) -> dict[str, Tensor]:
-        return {"threshold": torch.zeros(settings.d_sae)}
+        return {"threshold": torch.zeros(settings.d_sae), "batches_seen": torch.zeros(())}
 
     def encode(self, x: Float[Tensor, "... B d_in"]) -> Float[Tensor, "... B d_sae"]:
         pre = self.pre_activations(x)
@@ -68,7 +70,8 @@ class BatchSelecting(LinearDictionary):
         most = self.largest["k"] if moment.sparsity >= 1 else settings.d_sae
         f = torch.where(largest_of_batch(self.ranked(pre), k, most), torch.relu(pre), 0.0)
         kept = self.ranked(stop_gradient(f))
-        return f, {"threshold": following_threshold(self.threshold, kept, moment.step)}
+        threshold, seen = following_threshold(self.threshold, self.batches_seen, kept)
+        return f, {"threshold": threshold, "batches_seen": seen}
 
     def inference_values(self, values: Mapping[str, Tensor], shift: Tensor | float) -> dict[str, Tensor]:
         return {"b_enc": values["b_enc"] + shift, "threshold": values["threshold"]}

@@ -16,6 +16,7 @@ Sources: Rajamanoharan et al., arXiv 2407.14435 and Lieberum et al., arXiv 2408.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final, get_args
@@ -57,8 +58,8 @@ class JumpReLUSettings(LinearSettings):
         super().__post_init__()
         require_weight("l0_coefficient", self.l0_coefficient)
         require_weight("initial_threshold", self.initial_threshold)
-        if not self.bandwidth > 0:
-            raise UserError(f"bandwidth is {self.bandwidth}: it must be above 0, such as 0.05")
+        if not 0 < self.bandwidth < math.inf:
+            raise UserError(f"bandwidth is {self.bandwidth}: it must be a positive number, such as 0.05")
         if not 0 <= self.target_l0 <= self.d_sae:
             raise UserError(
                 f"target_l0 is {self.target_l0}: it must lie between 0 (no target) and d_sae = {self.d_sae}"

@@ -90,7 +90,12 @@ class LinearSettings(DictionarySettings):
             raise UserError("init zero starts with atoms of norm 0, which a unit decoder cannot have: use decoder free")
         require_bias(self.decoder_bias, self.b_dec_init)
         require_weight("auxk_coefficient", self.auxk_coefficient)
-        require_weight("init_norm", self.init_norm)
+        if not 0 < self.init_norm < math.inf:
+            raise UserError(f"init_norm is {self.init_norm}: it must be a positive number")
+        if self.init in ("kaiming", "toy-2023") and self.init_norm != type(self).init_norm:
+            raise UserError(
+                f"init_norm is not read by init {self.init}, which has lengths of its own: leave one of the two out"
+            )
         if self.k_aux is not None and self.k_aux < 1:
             raise UserError(f"k_aux is {self.k_aux}: it must be at least 1")
 

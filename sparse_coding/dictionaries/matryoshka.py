@@ -14,6 +14,7 @@ prefixes twice). Random prefixes: Nabeshima, "Matryoshka sparse autoencoders" (2
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal, final, get_args
 
@@ -50,6 +51,8 @@ class MatryoshkaSettings(BatchSelectingSettings):
             group_ends(self.group_fractions, self.d_sae)
         if self.n_prefixes < 1:
             raise UserError(f"n_prefixes is {self.n_prefixes}: it must be at least 1")
+        if not -1 < self.prefix_exponent < math.inf:
+            raise UserError(f"prefix_exponent is {self.prefix_exponent}: it must be above -1, such as 0.5")
         unread = {"fixed": ("n_prefixes", "prefix_exponent"), "random": ("group_fractions",)}[self.prefixes]
         for field in fields(self):
             if field.name in unread and getattr(self, field.name) != field.default:

@@ -90,6 +90,8 @@ class ReLU(LinearDictionary):
     ) -> Losses:
         target = x if target is None else target
         error_weight, l1_weight = self.weights
+        if self.settings.error != "mse" or moment.error:
+            error_weight = 1.0  # only the sum over dims has a mean over dims
         pre = self.pre_activations(x)
         f = torch.relu(pre)
         x_hat = self.decode(f, x)

@@ -14,7 +14,9 @@ START = 10
 
 def require_k(k: float, d_sae: int, whole: bool) -> None:
     """Raise UserError unless 1 <= k <= d_sae, and k is whole where it is counted in each row."""
-    if not 1 <= k <= d_sae:
+    if k < 1:
+        raise UserError(f"k is {k:g}: it must be at least 1")
+    if not k <= d_sae:
         raise UserError(f"k is {k:g}, but the dictionary has {d_sae} latents: k must lie between 1 and {d_sae}")
     if whole and k != int(k):
         raise UserError(
@@ -70,11 +72,11 @@ def smallest_kept(f: Float[Tensor, "... B d_sae"]) -> Float[Tensor, "..."]:
 
 def group_ends(fractions: tuple[float, ...], d_sae: int) -> list[int]:
     """Where each group of a nested dictionary ends, from shares of its latents that sum to 1."""
-    if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        shown = ", ".join(f"{share:g}" for share in fractions)
+    if not fractions or not min(fractions) > 0 or not abs(sum(fractions) - 1) <= 1e-6:
+        shown = "/".join(f"{share:g}" for share in fractions)
         raise UserError(
             f"the group fractions ({shown}) sum to {sum(fractions):g}: they are shares of the latents, "
-            "each above 0, that must sum to 1, such as 0.125,0.125,0.25,0.5"
+            "each above 0, that must sum to 1, such as 0.125/0.125/0.25/0.5"
         )
     ends, total = [], 0.0
     for share in fractions:
@@ -100,10 +102,15 @@ DECAY = 0.99
 
 
 def following_threshold(
-    threshold: Float[Tensor, "... d_sae"], f: Float[Tensor, "... B d_sae"], step: int
-) -> Float[Tensor, "... d_sae"]:
-    """The running mean after step `step` (from 0), weights 0.99^age that sum to 1, whatever the step."""
-    smallest = smallest_kept(f).unsqueeze(-1)
-    rate = (1 - DECAY) / (1 - DECAY ** (step + 1))
-    moved = threshold + rate * (smallest - threshold)
-    return torch.where(smallest.isfinite(), moved, threshold)
+    threshold: Float[Tensor, "... d_sae"], seen: Float[Tensor, "..."], f: Float[Tensor, "... B d_sae"]
+) -> tuple[Float[Tensor, "... d_sae"], Float[Tensor, "..."]]:
+    """(the running mean of the smallest code kept, how many batches it is of) with this batch, from those before.
+
+    Weights are 0.99^age and sum to 1 from the first batch on. A batch that keeps no positive code does not count.
+    """
+    smallest = smallest_kept(f)
+    counts = smallest.isfinite()
+    seen = seen + counts
+    rate = (1 - DECAY) / (1 - DECAY ** seen.clamp(min=1))
+    moved = threshold + rate.unsqueeze(-1) * (torch.where(counts, smallest, 0.0).unsqueeze(-1) - threshold)
+    return torch.where(counts.unsqueeze(-1), moved, threshold), seen

@@ -35,7 +35,8 @@ def initial_weights(
     transpose   random directions of length `norm`, W_enc = W_dec^T; for a transcoder the two are drawn apart
     orthogonal  the same with (semi-)orthogonal directions
     kaiming     uniform within sqrt(6 / fan in), drawn apart (He et al., arXiv 1502.01852)
-    data        directions of random rows of the data, less b_dec; W_enc = W_dec^T, or input and target of one row
+    data        directions of random rows of the data, less b_dec; W_enc = W_dec^T, or input and target of one row;
+                no row twice while there are enough
     zero        W_dec = 0 and b_enc = -mean(x) W_enc (of x - b_dec where that is subtracted), as sparsify's transcoders
     toy-2023    torch's Linear default for W_enc and b_enc, an orthogonal decoder
     """
@@ -50,7 +51,9 @@ def initial_weights(
         return W_enc, b_enc, _uniform(d_sae, d_out, (6 / d_sae) ** 0.5, generator)
     if init == "data":
         assert sample is not None
-        chosen = torch.randint(len(sample.x), (d_sae,), generator=generator)
+        rows = len(sample.x)  # each row once, where there are enough: twins would never part
+        passes = [torch.randperm(rows, generator=generator) for _ in range(-(-d_sae // rows))]
+        chosen = torch.cat(passes)[:d_sae]
         W_dec = _directions(sample.target[chosen] - b_dec, generator)
         from_x = sample.x[chosen] - sample.x.mean(0) if transcoder else None
     else:

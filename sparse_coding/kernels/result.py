@@ -21,5 +21,7 @@ class StepResult(NamedTuple):
     """Batch mean of ||f||_1."""
     active: Float[Tensor, "M d_sae"]
     """How many rows of the batch each latent fired on."""
+    terms: Mapping[str, Float[Tensor, " M"]] = {}
+    """Other terms of the loss by name, such as AuxK."""
     state: Mapping[str, Tensor] = {}
     """New values of what the dictionary keeps besides its parameters."""

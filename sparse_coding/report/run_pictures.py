@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_coding.report.canvas import save
-from sparse_coding.report.families import families, knob_label, knob_word
+from sparse_coding.report.families import families, file_words, knob_label, knob_word
 from sparse_coding.report.frontier import view_start
 from sparse_coding.report.heatmaps import Grid, Scale, heat_maps
 from sparse_coding.report.page import Picture
@@ -113,7 +113,9 @@ MAPS = {
 def maps(site: Site) -> list[Picture]:
     """The four maps of the 2023 study, for every architecture and learning rate."""
     found = []
-    for index, (family, records) in enumerate(families(site.records).items()):
+    parts = families(site.records)
+    words = file_words(parts)
+    for family, records in parts.items():
         panels = []
         for name, (title, scale) in MAPS.items():
             if has(records, name):
@@ -129,7 +131,7 @@ def maps(site: Site) -> list[Picture]:
         )
         note = " ".join(text for title, grid, _ in panels if (text := _blank_note(title, grid)))
         title = "Maps over sparsity and size" + (f" ({family})" if family else "")
-        name = "maps" if not index else f"maps-{index}"
+        name = f"maps-{words[family]}" if family else "maps"
         found.append(site.picture(name, title, heat_maps(panels), caption, note))
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from sparse_coding.report.families import families, knob_label
+from sparse_coding.report.families import families, file_words, knob_label
 from sparse_coding.report.page import Picture
 from sparse_coding.report.pictures import Curve, Panel, training_curves
 from sparse_coding.report.records import Record, axes, knob, labels, number, ratio
@@ -28,6 +28,7 @@ def training(site: Site) -> list[Picture]:
     if len(log) > MOST_POINTS:
         log = [log[round(i * (len(log) - 1) / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
     parts = families(site.records)
+    words = file_words(parts)
     left = max(len(parts) - MOST_FAMILIES, 0)
     found = []
     for index, (family, records) in enumerate([*parts.items()][:MOST_FAMILIES]):
@@ -42,7 +43,8 @@ def training(site: Site) -> list[Picture]:
         )
         note = f"{left} more families are in log.jsonl and not drawn." if left and index == MOST_FAMILIES - 1 else ""
         figure = training_curves(rows, "training tokens", knob_label(members))
-        name, title = f"training-{index}" if index else "training", f"Training ({family})" if family else "Training"
+        name = f"training-{words[family]}" if family else "training"
+        title = f"Training ({family})" if family else "Training"
         found.append(site.picture(name, title, figure, caption, note))
     return found
 

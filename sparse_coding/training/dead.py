@@ -105,6 +105,7 @@ class Clocks:
     def restart_(self, member: int, latents: Tensor) -> None:
         """Latents that have been given new directions live again."""
         self.rows_since_fired[member, latents] = 0
+        self.fired[member, latents] = torch.inf  # not judged by a sampling window that began before
         self.below_threshold[member, latents] = False
 
     def state(self) -> dict[str, Tensor]:

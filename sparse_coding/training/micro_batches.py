@@ -100,16 +100,19 @@ def in_pieces(compute: Gradients, x: Tensor, target: Tensor | None, moment: Mome
     for part, aim in zip(x.chunk(pieces), targets, strict=False):
         result, weight = compute(part, aim, moment), len(part) / len(x)
         loss, error, l1 = (value * weight for value in (result.loss, result.squared_error, result.l1))
+        terms = {name: value * weight for name, value in result.terms.items()}
         if total is None:
             for gradient in result.gradients.values():
                 gradient.mul_(weight)
-            total = StepResult(result.gradients, loss, error, l1, result.active, result.state)
+            total = StepResult(result.gradients, loss, error, l1, result.active, terms, result.state)
             continue
         for name, gradient in result.gradients.items():
             total.gradients[name].add_(gradient, alpha=weight)
         own = (total.loss, total.squared_error, total.l1, total.active)
         for sum_, value in zip(own, (loss, error, l1, result.active), strict=True):
             sum_.add_(value)
+        for name, value in terms.items():
+            total.terms[name].add_(value)
         del result
     assert total is not None
     return total

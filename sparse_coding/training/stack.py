@@ -41,12 +41,14 @@ def gradients_by_autograd(
     total = losses.total if loss_scale is None else losses.total * loss_scale
     gradients = torch.autograd.grad(total.sum(), parameters)
     f = losses.f.detach()
+    terms = {name: value.detach() for name, value in losses.terms.items() if name not in METRICS}
     return StepResult(
         dict(zip(names, gradients, strict=True)),
         losses.total.detach(),
         losses.terms["squared_error"].detach(),
         f.abs().sum(-1).mean(-1),
         (f != 0).sum(-2, dtype=torch.float32),
+        terms,
         {name: value.detach() for name, value in losses.state.items()},
     )
 
@@ -128,7 +130,10 @@ class Stack:
     def _count(self, result: StepResult, n_rows: int, step: int) -> None:
         self.clocks.count(result.active, n_rows, step)
         l0 = result.active.sum(-1) / n_rows
-        for name, value in zip(METRICS, (result.loss, result.squared_error, result.l1, l0), strict=True):
+        measured = dict(zip(METRICS, (result.loss, result.squared_error, result.l1, l0), strict=True))
+        for name, value in (measured | dict(result.terms)).items():
+            if name not in self.sums:  # a term that enters later, such as AuxK
+                self.sums[name] = torch.zeros_like(self.sums["loss"])
             self.sums[name] += value
         self.steps_summed += 1
 
@@ -182,6 +187,9 @@ class Stack:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], steps_summed: int) -> None:
+        start = f"{self.members[0].name}/sums/"
+        for name in (key.removeprefix(start) for key in state if key.startswith(start)):
+            self.sums.setdefault(name, torch.zeros_like(self.sums["loss"]))
         for name, value in self.state().items():
             value.copy_(state[name])
         self.steps_summed = steps_summed

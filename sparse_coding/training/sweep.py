@@ -6,7 +6,9 @@ flow splits the stack. A stack is also cut to a size in memory, since beyond it 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -53,8 +55,7 @@ class Member:
         if self.variant:
             words.insert(1, self.variant)
         sites = [self.site, *([self.target] if self.target else [])]
-        prefix = "" if self.site == "synthetic" else re.sub(r"[^A-Za-z0-9.]+", "_", "-to-".join(sites)) + "-"
-        return prefix + "-".join(words)
+        return ("" if self.site == "synthetic" else _short(_word("-to-".join(sites))) + "-") + "-".join(words)
 
     def generator(self) -> torch.Generator:
         """The member's own source of randomness, the same alone and in a sweep."""
@@ -100,6 +101,9 @@ def grid(
         for value in values:
             if values.count(value) > 1:
                 raise UserError(f"{name} holds {value} twice: leave out the repeated value")
+    for ratio in ratios:
+        if not 0 < ratio < math.inf:
+            raise UserError(f"a ratio is {ratio}: it must be a positive number, such as 0.5 or 4")
     settings_class = architecture(architecture_name).Settings
     members = []
     for site, ratio in itertools.product(targets or widths, ratios):
@@ -127,9 +131,20 @@ def require_distinct(members: Sequence[Member]) -> None:
     names = [member.name for member in members]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"the grid holds {twice} twice: two ratios give the same number of latents")
+        raise UserError(
+            f"the grid holds {twice} twice: two ratios give the same number of latents, or two values of a setting "
+            "agree to six digits"
+        )
     if not members:
         raise UserError("the grid is empty: give at least one value for each of its axes")
+
+
+def _short(word: str, most: int = 100) -> str:
+    """A word that fits into a file name: the middle of a long one (many sites) gives way to a hash of the whole."""
+    if len(word) <= most:
+        return word
+    digest = hashlib.sha256(word.encode()).hexdigest()[:8]
+    return f"{word[: most // 2 - 5]}-{digest}-{word[-most // 2 + 5 :]}"
 
 
 def _word(value: Any) -> str:

@@ -61,6 +61,11 @@ class TrainingSettings:
         for name in ("steps", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.precision == "fp16" and self.optimizer.name == "schedule-free":
+            raise UserError(
+                "precision fp16 makes single dictionaries skip updates, which schedule-free, whose average counts the "
+                "updates of all, cannot follow: use bf16, fp32 or another optimizer"
+            )
         if self.sparsity_warmup_steps < 0:
             raise UserError(f"sparsity_warmup_steps is {self.sparsity_warmup_steps}: it must be 0 or more")
 
@@ -179,7 +184,7 @@ class Trainer:
                 self.moments[site][0] += value
                 self.moments[site][1] += 1
         self.step += 1
-        if settings.dead.resamples_after(self.step):
+        if settings.dead.resamples_after(self.step) and self.step < settings.steps:
             self.resampling = True
             self._resample()
 

@@ -306,7 +306,7 @@ def test_the_threshold_is_saelens_s_without_its_bias(kind, decoder):
     dictionary = build(kind, kind.Settings(D_IN, D_SAE, k=2.3, decoder=decoder))
     for step, scale in enumerate((1.0, 0.6, 1.7)):
         losses = dictionary.loss(scale * X, None, Moment(step=step, steps=3))
-        dictionary.threshold = losses.state["threshold"]
+        dictionary.threshold, dictionary.batches_seen = losses.state["threshold"], losses.state["batches_seen"]
         theirs = answer(case, "thresholds")[step] / (1 - 0.99 ** (step + 1))
         assert_near(dictionary.threshold, theirs.expand(D_SAE), f"after batch {step}")
 

@@ -28,16 +28,19 @@ FOR_LINEAR = [
     ({"decoder_bias": False, "b_dec_init": "mean"}, r"b_dec_init mean needs a bias, but decoder_bias is off"),
     ({"auxk_coefficient": -0.1}, r"auxk coefficient is -0.1: it must be 0 or a positive number"),
     ({"auxk_coefficient": INF}, r"auxk coefficient is inf"),
-    ({"init_norm": -1.0}, r"init norm is -1.0: it must be 0 or a positive number"),
+    ({"init_norm": -1.0}, r"init_norm is -1.0: it must be a positive number"),
     ({"k_aux": 0}, r"k_aux is 0: it must be at least 1"),
 ]
 
 L1 = [({"l1_coefficient": value}, r"L1 coefficient is .* 0 or a positive number") for value in (-0.1, NAN, INF)]
-K = [({"k": value}, rf"k is {value}, but the dictionary has 8 latents: k must lie between 1 and 8") for value in (0, 9)]
+K = [
+    ({"k": 0}, r"k is 0: it must be at least 1"),
+    ({"k": 9}, r"k is 9, but the dictionary has 8 latents: k must lie between 1 and 8"),
+]
 OWN = [
     *[(name, *case) for name in ("relu", "relu-april", "lp", "gated") for case in L1],
     *[(name, *case) for name in ("topk", "batchtopk", "matryoshka", "matching-pursuit") for case in K],
-    ("batchtopk", {"k": 0.5}, r"k is 0.5, .* between 1 and 8"),
+    ("batchtopk", {"k": 0.5}, r"k is 0.5: it must be at least 1"),
     ("topk", {"k": NAN}, r"k is nan"),
     ("relu", {"l1_scaling": "sums"}, r"l1_scaling is 'sums': allowed are toy-2023, mean, sum"),
     ("lp", {"p": 1.5}, r"p falls from 1.5 to 0.2: they must lie in \(0, 1\]"),
@@ -50,15 +53,24 @@ OWN = [
     ("lp", {"anneal_start": -0.1}, r"from -0.1 of the run .* at least 0"),
     ("topk", {"selection": "top"}, r"selection is 'top': allowed are topk, abs, group"),
     ("matryoshka", {"prefixes": "none"}, r"prefixes is 'none': allowed are fixed, random"),
-    ("matryoshka", {"group_fractions": (0.5, 0.25)}, r"group fractions \(0.5, 0.25\) sum to 0.75: .* must sum to 1"),
+    (
+        "matryoshka",
+        {"group_fractions": (0.5, 0.25)},
+        r"group fractions \(0.5/0.25\) sum to 0.75: .* such as 0.125/0.125",
+    ),
     ("matryoshka", {"group_fractions": (0.01, 0.99)}, r"2 groups of 8 latents leave some group empty"),
     ("matryoshka", {"n_prefixes": 0}, r"n_prefixes is 0: it must be at least 1"),
     ("matryoshka", {"n_prefixes": 3}, r"n_prefixes is not read where prefixes is 'fixed'"),
     ("matryoshka", {"prefixes": "random"}, r"group_fractions is not read where prefixes is 'random'"),
     ("jumprelu", {"l0_coefficient": -1.0}, r"L0 coefficient is -1.0: it must be 0 or a positive number"),
     ("jumprelu", {"initial_threshold": -0.1}, r"initial threshold is -0.1: it must be 0 or a positive number"),
-    ("jumprelu", {"bandwidth": 0.0}, r"bandwidth is 0.0: it must be above 0, such as 0.05"),
-    ("jumprelu", {"bandwidth": NAN}, r"bandwidth is nan: it must be above 0"),
+    ("jumprelu", {"bandwidth": INF}, r"bandwidth is inf: it must be a positive number"),
+    ("matryoshka", {"group_fractions": (NAN, 1.0)}, r"must sum to 1"),
+    ("matryoshka", {"prefix_exponent": NAN}, r"prefix_exponent is nan: it must be above -1"),
+    ("relu", {"init_norm": 0.0}, r"init_norm is 0.0: it must be a positive number"),
+    ("relu", {"init": "kaiming", "init_norm": 0.5}, r"init_norm is not read by init kaiming"),
+    ("jumprelu", {"bandwidth": 0.0}, r"bandwidth is 0.0: it must be a positive number, such as 0.05"),
+    ("jumprelu", {"bandwidth": NAN}, r"bandwidth is nan: it must be a positive number"),
     ("jumprelu", {"target_l0": 9.0}, r"target_l0 is 9.0: it must lie between 0 \(no target\) and d_sae = 8"),
     ("jumprelu", {"target_l0": -1.0}, r"target_l0 is -1.0: it must lie between 0"),
     ("jumprelu", {"penalty": "l1"}, r"penalty is 'l1': allowed are l0, tanh"),

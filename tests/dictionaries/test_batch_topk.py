@@ -23,7 +23,8 @@ def advanced(stack, batches):
     """The thresholds after each batch."""
     found = []
     for step, x in enumerate(batches):
-        stack.threshold.copy_(stack.loss(torch.tensor(x), moment=Moment(step, 10)).state["threshold"])
+        for name, value in stack.loss(torch.tensor(x), moment=Moment(step, 10)).state.items():
+            getattr(stack, name).copy_(value)
         found.append(stack.threshold.clone())
     return torch.stack(found)
 

@@ -214,3 +214,10 @@ def test_matching_pursuit_starts_with_unit_atoms(init):
         assert_close((values["W_dec"] @ unit(X - X.mean(0)).T).max(1).values, torch.ones(D_SAE))
     without = MatchingPursuitSettings(D_IN, D_SAE, k=2, decoder_bias=False)
     assert set(MatchingPursuit.initial(without, torch.Generator())) == {"W_dec"}
+
+
+def test_rows_of_the_data_are_taken_once_each():
+    rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    one = ReLU.initial(ReLUSettings(6, 40, init="data"), torch.Generator().manual_seed(1), Sample(rows, rows))
+    cosines = one["W_dec"] @ one["W_dec"].T - 2 * torch.eye(40)
+    assert cosines.max() < 0.9999  # no twins

@@ -35,8 +35,9 @@ def headers(table):
 
 def test_every_family_has_its_maps_and_training_curves(page):
     own = {name.removeprefix("0-blocks.2.mlp.hook_post-") for name in names(page) if name.startswith("0-")}
-    assert own == {"frontier.png", "densities.png", "maps.png", "training.png",
-                   *(f"{word}-{i}.png" for word in ("maps", "training") for i in (1, 2, 3))}  # fmt: skip
+    families = ("relu", "topk", "topk_selection_abs", "jumprelu_penalty_tanh")
+    assert own == {"frontier.png", "densities.png",
+                   *(f"{word}-{name}.png" for word in ("maps", "training") for name in families)}  # fmt: skip
     html = page.read_text(encoding="utf-8")
     for words in ("Training (topk selection_abs)", "Maps over sparsity and size (jumprelu penalty_tanh)",
                   "colours say the target L0", "colours say the k (active latents allowed)"):  # fmt: skip

@@ -75,3 +75,12 @@ def test_a_method_with_nothing_to_revive_is_refused():
     DeadSettings(window=500).check(100, 10, "ghost")
     DeadSettings(window=10**9, threshold=1e-6).check(100, 10, "auxk")
     DeadSettings(window=10**9).check(100, 10)
+
+
+def test_a_restarted_latent_is_not_judged_by_a_window_that_began_before():
+    clocks = Clocks((1, 2), DeadSettings(window=10_000, threshold=0.5, sampling_window=100), "cpu")
+    for step in range(9):
+        clocks.count(torch.zeros(1, 2), 10, step)
+    clocks.restart_(0, torch.tensor([0]))
+    clocks.count(torch.tensor([[10.0, 10.0]]), 10, 9)
+    assert clocks.dead().tolist() == [[False, True]]

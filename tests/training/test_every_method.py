@@ -168,3 +168,44 @@ def test_initial_values_may_come_from_the_data(name):
     directions = torch.nn.functional.normalize(X - start.tensors()["b_dec"], dim=1)
     nearest = (torch.nn.functional.normalize(start.atoms, dim=1) @ directions.T).max(1).values
     assert nearest.min() > 0.999
+
+
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "schedule-free"])
+def test_a_member_that_skips_updates_in_fp16_does_not_touch_the_others(optimizer):
+    """An L1 weight of a million overflows in fp16: that member skips updates, whichever place it has in the stack."""
+    how = TrainingSettings(25, OptimizerSettings(name=optimizer), "fp16", 25)
+    chosen = grid("relu", {"x": 12}, [2], varied={"l1_coefficient": [1e6, 0.1, 1.0]})
+    sweep = Trainer(chosen, TensorStream({"x": X}, 32), how)
+    sweep.fit()
+    for index in (1, 2):
+        alone = Trainer([chosen[index]], TensorStream({"x": X}, 32), how)
+        alone.fit()
+        assert_same([values(sweep)[index]], values(alone), atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_is_resampled_after_the_last_update():
+    dead = DeadSettings(window=32, resample_every=20, resample_times=2, resample_rows=64)
+    trainer = Trainer(only_x(members("topk", seeds=[0])), stream(), TrainingSettings(40, precision="fp32", dead=dead))
+    trainer.fit()
+    assert (trainer.stacks[0].clocks.rows_since_fired >= 32).any()  # the dead of the end stay as they were
+
+
+def test_terms_of_the_loss_are_logged_from_when_they_enter(tmp_path):
+    from sparse_coding.training.run_folder import read_lines
+
+    chosen = only_x(members("topk", seeds=[0])) + only_x(members("relu", seeds=[0]))
+    how = TrainingSettings(40, precision="fp32", log_every=10, dead=DeadSettings(window=320))
+    with RunFolder(tmp_path / "whole", {}) as folder:
+        Trainer(chosen, stream(), how, folder=folder).fit()
+    lines = read_lines(tmp_path / "whole" / "log.jsonl")
+    assert "auxk" not in lines[0]
+    assert lines[-1]["auxk"][0] is not None
+    assert lines[-1]["auxk"][-1] is None  # relu has none
+    stopping = stream()
+    stopping.stop_at = 25
+    with RunFolder(tmp_path / "cut", {}) as folder, pytest.raises(Interrupted):
+        Trainer(chosen, stopping, how, folder=folder).fit()
+    with RunFolder(tmp_path / "cut", {}) as folder:
+        Trainer(chosen, stream(), how, folder=folder).fit()
+    again = read_lines(tmp_path / "cut" / "log.jsonl")
+    assert [line.get("auxk") for line in again] == [line.get("auxk") for line in lines]
