@@ -159,7 +159,8 @@ def test_each_site_and_learning_rate_has_its_pictures_and_blanks_are_noted(tmp_p
     html = page.read_text(encoding="utf-8")
     assert names(page) == {
         f"{site}-{picture}.png" for site in ("0-a_b", "1-a_b")
-        for picture in ("frontier", "densities", "maps-lr_0.001", "maps-lr_0.0003", "training-lr_0.001", "training-lr_0.0003")
+        for picture in ("frontier", "densities", "maps-lr_0.001", "maps-lr_0.0003", "training-lr_0.001",
+                        "training-lr_0.0003")
     }  # fmt: skip
     assert "1 of 2 cells are blank" in html
     assert "4 members have no finite value at a positive L0" in html
