@@ -10,9 +10,10 @@ import torch
 
 from sparse_coding.dictionaries import Moment
 from sparse_coding.progress import duration, quantity
+from sparse_coding.training.build import build_stacks
 from sparse_coding.training.stream import Stream
 from sparse_coding.training.sweep import Member, split_into_stacks, stack_bytes
-from sparse_coding.training.trainer import StepError, TrainingSettings, build_stacks
+from sparse_coding.training.trainer import StepError, TrainingSettings
 
 
 @dataclass(frozen=True)

@@ -7,71 +7,36 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_coding.dictionaries import Moment, Sample, TrainableDictionary, architecture
+from sparse_coding.dictionaries import Moment, TrainableDictionary
 from sparse_coding.dictionaries.base import ErrorFunction
-from sparse_coding.errors import Interrupted, UserError
-from sparse_coding.progress import Progress, quantity
+from sparse_coding.errors import Interrupted
+from sparse_coding.progress import Progress
 from sparse_coding.training import checkpoint
-from sparse_coding.training.dead import DeadSettings
+from sparse_coding.training.build import build_stacks
+from sparse_coding.training.log_line import averages, mean, summary
 from sparse_coding.training.micro_batches import memory_for
-from sparse_coding.training.optimizer import OptimizerSettings
-from sparse_coding.training.precision import Precision, products_dtype
+from sparse_coding.training.not_finite import NotFinite, finite, go_back, leave_out
 from sparse_coding.training.resample import resample
 from sparse_coding.training.run_folder import RunFolder
 from sparse_coding.training.safety import CheckpointClock, Safety
+from sparse_coding.training.settings import TrainingSettings
 from sparse_coding.training.stack import Stack
 from sparse_coding.training.stopping import Stopping, StopRequested
-from sparse_coding.training.stream import Stream, first_rows
+from sparse_coding.training.stream import Stream
 from sparse_coding.training.sweep import Member, split_into_stacks, stack_bytes
+
+__all__ = ["StepError", "Trainer", "TrainingSettings"]
 
 Logger = Callable[[dict[str, Any]], None]
 StepError = Callable[[int, str], ErrorFunction]
 """(step, site) -> x_hat [M B d] -> what the reconstruction costs, one value per member."""
 
-SAMPLE_ROWS = 32_768
-"""Rows that initial values are taken from."""
 UNDISTURBED = Safety()
-MOST_SKIPPED = 20
-"""Batches left out one after another before the run stops: by then it is no bad batch."""
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How long and how exactly to train; the batch size belongs to the stream."""
-
-    steps: int
-    """Updates, one batch of the stream each."""
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    precision: Precision = "auto"
-    """Of the matrix products: bf16 where the hardware has it (auto), bf16, fp16, fp32."""
-    log_every: int = 100
-    """Steps between two lines of log.jsonl."""
-    sparsity_warmup_steps: int = 0
-    """Updates over which L1 and L0 weights rise from 0, and k falls to its value."""
-    dead: DeadSettings = field(default_factory=DeadSettings)
-    """When a latent is dead, and whether dead ones are resampled."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.precision == "fp16" and self.optimizer.name == "schedule-free":
-            raise UserError(
-                "precision fp16 makes single dictionaries skip updates, which schedule-free, whose average counts the "
-                "updates of all, cannot follow: use bf16, fp32 or another optimizer"
-            )
-        if self.sparsity_warmup_steps < 0:
-            raise UserError(f"sparsity_warmup_steps is {self.sparsity_warmup_steps}: it must be 0 or more")
-
-    def sparsity(self, step: int) -> float:
-        """How far sparsity has warmed up at this step, up to 1."""
-        return min(1.0, (step + 1) / self.sparsity_warmup_steps) if self.sparsity_warmup_steps else 1.0
 
 
 class Trainer:
@@ -79,7 +44,7 @@ class Trainer:
 
     Rows or losses that are no numbers are looked for where the loop waits for the device anyway: at every line of the
     log and before every checkpoint (on a CPU, which never waits, the rows of each batch). What is saved is therefore
-    always from before them. See `_go_back`.
+    always from before them. See not_finite.py.
     """
 
     def __init__(
@@ -115,7 +80,7 @@ class Trainer:
         self._saved: tuple = ()
         self.clock: CheckpointClock | None = None
         self._began = 0.0
-        self._restore()
+        self.restore()
         if folder:
             folder.rewind_log(self.step)
 
@@ -133,9 +98,9 @@ class Trainer:
                     self._after(progress)
                 while self.step < settings.steps:
                     try:
-                        self._advance()
-                    except _NotFinite:
-                        self._leave_out() if self._finite() else self._go_back()
+                        self.advance()
+                    except NotFinite:
+                        leave_out(self) if finite(self) else go_back(self)
                     else:
                         self._after(progress)
             except StopRequested:
@@ -168,14 +133,14 @@ class Trainer:
 
     # ---- one update
 
-    def _advance(self) -> None:
-        """One update, or none where its batch is left out. Raises `_NotFinite` before anything changes."""
+    def advance(self) -> None:
+        """One update, or none where its batch is left out. Raises `NotFinite` before anything changes."""
         settings = self.settings
         if self.step not in self.skipped:
             batch = self._read(self.step)
             variances = {site: _total_variance(batch[site]) for site in self.moments}
             if self.careful and not all(bool(value.isfinite()) for value in variances.values()):
-                raise _NotFinite
+                raise NotFinite
             scale = self._scale(self.step)
             for stack in self.stacks:
                 with memory_for("updating the weights", "lower --ratios, or train fewer dictionaries at once"):
@@ -193,10 +158,10 @@ class Trainer:
         self.seconds = time.monotonic() - self._began
         logs = self.step % self.settings.log_every == 0 or self.step == self.settings.steps
         saves = bool(self.stopping.reason) or (self.clock is not None and self.clock.due())
-        if (logs or saves) and not self._finite() and not self._go_back():
+        if (logs or saves) and not finite(self) and not go_back(self):
             return
         if logs:
-            progress.update(self.step, _summary(self._log(self._scale(self.step - 1)), self.stream.batch_size))
+            progress.update(self.step, summary(self._log(self._scale(self.step - 1)), self.stream.batch_size))
         if saves:
             self.save()
         if self.stopping.reason:
@@ -238,23 +203,8 @@ class Trainer:
 
     def _log(self, scale: float) -> dict[str, Any]:
         """One line of the log: averages since the last line. The only place that waits for the device."""
-        columns: dict[str, list[float]] = {}
-        for group, stack in zip(self.groups, self.stacks, strict=True):
-            for name, values in stack.averages().items():
-                column = columns.setdefault(name, [math.nan] * len(self.members))
-                for index, value in zip(group, values, strict=True):
-                    column[index] = value
-        variances = {site: (moments[0] / moments[1]).item() for site, moments in self.moments.items()}
-        for moments in self.moments.values():
-            moments.zero_()
-        squared_error = columns.pop("squared_error")
-        columns["mse"] = [e / m.settings.target_width for e, m in zip(squared_error, self.members, strict=True)]
-        columns["fvu"] = [
-            e / variances[m.output_site] if variances[m.output_site] > 0 else math.nan
-            for e, m in zip(squared_error, self.members, strict=True)
-        ]
-        known = [value for value in columns["fvu"] if math.isfinite(value)]
-        self.mean_fvu = sum(known) / len(known) if known else math.nan
+        columns = averages(self.groups, self.stacks, self.members, self.moments)
+        self.mean_fvu = mean(columns["fvu"])
         record = {
             "step": self.step,
             "tokens": self.step * self.stream.batch_size,
@@ -277,71 +227,6 @@ class Trainer:
                     self._diverged.add(member.name)
                     told = f"{member.name} diverged by step {self.step:,} (its loss is no number); the others go on"
                     print(told, file=sys.stderr, flush=True)
-
-    # ---- what is no number
-
-    def _finite(self) -> bool:
-        """Whether all rows, and the loss of some member, were numbers since the last line of the log; waits."""
-        if not all(bool(moments.isfinite().all()) for moments in self.moments.values()):
-            return False
-        return any(bool(stack.sums["loss"].isfinite().any()) for stack in self.stacks)
-
-    def _go_back(self) -> bool:
-        """Back to the last state that was saved (or the beginning), and forward again up to the update at fault.
-
-        Batches are a function of the step, so this repeats what was done; then the state is from before that update.
-        True where all was finite this time, up to where the run stood.
-        """
-        until = self.step
-        print(f"NaN or infinity by step {until:,}: looking for the update that met it", file=sys.stderr, flush=True)
-        careful, self.careful = self.careful, True
-        self._restore()
-        self._replay(until)
-        self.careful = careful
-        if self.step == until:
-            return self._finite()
-        rows = self._finite()
-        if not rows:  # this update's losses, not its rows: it was made to see that
-            at = self.step - 1
-            self._restore()
-            self._replay(at)
-        self._leave_out("the batch holds" if rows else "the loss of every dictionary is")
-        self.save()
-        return False
-
-    def _replay(self, until: int) -> None:
-        """Updates up to `until`, without a log; ends early where the next batch, or the last loss, is no number."""
-        while self.step < until:
-            try:
-                self._advance()
-            except _NotFinite:
-                return
-            if self.careful and not self._finite():
-                return
-            if self.step % self.settings.log_every == 0 and self.step < until:
-                for stack in self.stacks:
-                    stack.averages()
-                for moments in self.moments.values():
-                    moments.zero_()
-
-    def _leave_out(self, what: str = "the batch holds") -> None:
-        """The state is from before update `self.step`, which meets NaN: save and stop there, or leave its batch out."""
-        step, steps = self.step, self.settings.steps
-        told = f"update {step + 1:,} of {steps:,}: {what} NaN or infinity"
-        if self.safety.nan == "stop":
-            self.save()
-            kept = "the state from before it is saved: " if self.folder and step else ""
-            raise UserError(
-                f"{told}; {kept}mend the activations or lower --lr, or start the same command with --nan skip, "
-                "which leaves such batches out"
-            )
-        self.skipped.append(step)
-        if len(self.skipped) >= MOST_SKIPPED and self.skipped[-MOST_SKIPPED] == step - MOST_SKIPPED + 1:
-            raise UserError(f"{told}, as did the {MOST_SKIPPED - 1} before it, which were left out: this does not pass")
-        self.careful = True
-        print(f"{told}; it is left out ({len(self.skipped):,} so far)", file=sys.stderr, flush=True)
-        if self.folder:
-            self.folder.note(skipped_batches={"count": len(self.skipped), "updates": self.skipped[:1000]})
 
     # ---- checkpoints
 
@@ -368,7 +253,7 @@ class Trainer:
             self.folder.push()
 
     def _save_if_sound(self) -> None:
-        if self.step and self._finite():
+        if self.step and finite(self):
             self.save()
 
     def _state_bytes(self) -> int:
@@ -378,7 +263,7 @@ class Trainer:
         tensors = {name: value for stack in self.stacks for name, value in stack.state().items()}
         return tensors | {f"moments/{site}": value for site, value in self.moments.items()}
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """The newest checkpoint, or the beginning where there is none."""
         self.stacks: list[Stack] = []  # the memory of those that were goes first
         with memory_for("making the dictionaries", "lower --ratios, or train fewer dictionaries at once"):
@@ -409,41 +294,6 @@ class Trainer:
             moments.copy_(tensors[f"moments/{site}"])
 
 
-class _NotFinite(Exception):
-    """The batch of the next update holds NaN, infinity, or values whose squares are no numbers."""
-
-
 def _total_variance(x: Tensor) -> Tensor:
     """Of a batch [B d], over dims: the denominator of FVU in the log. NaN or infinity where x holds any."""
     return (x - x.mean(0)).square().sum() / len(x)
-
-
-def build_stacks(
-    members: Sequence[Member],
-    groups: Sequence[Sequence[int]],
-    stream: Stream,
-    settings: TrainingSettings,
-    device: str,
-) -> list[Stack]:
-    """The stacks of a sweep with their initial weights, which may be taken from the stream's first rows."""
-    dtype = products_dtype(settings.precision, device)
-    rows = None
-    if any(architecture(m.architecture).needs_sample(m.settings) for m in members):
-        rows = {site: x.cpu() for site, x in first_rows(stream, SAMPLE_ROWS).items()}
-    stacks = []
-    for group in groups:
-        chosen = [members[index] for index in group]
-        sample = Sample(rows[chosen[0].site], rows[chosen[0].output_site]) if rows else None
-        stacks.append(Stack(chosen, settings.optimizer, device, dtype, settings.dead, sample))
-    return stacks
-
-
-def _summary(record: dict[str, Any], rows: int) -> str:
-    """Ranges over the members, for the progress line."""
-    words = []
-    for name in ("fvu", "l0"):
-        values = [value for value in record[name] if value is not None]
-        if values:
-            words.append(f"{name} {min(values):.3g} to {max(values):.3g}")
-    words.append(f"{quantity(record['step'] * rows)} rows")
-    return ", ".join(words)

@@ -55,7 +55,7 @@ def without(bad):
     trainer = Trainer(members(), TensorStream({"synthetic": ROWS}, 32), settings())
     for step in range(STEPS):
         if step not in bad:
-            trainer._advance()
+            trainer.advance()
         else:
             trainer.step += 1
     return trainer
@@ -217,4 +217,4 @@ def test_the_hot_path_waits_for_nothing(monkeypatch):
     for name in ("__bool__", "item", "tolist", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("waits for the device"))
     for _ in range(9):
-        trainer._advance()
+        trainer.advance()

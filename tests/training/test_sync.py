@@ -248,12 +248,12 @@ def test_a_checkpoint_that_is_pruned_while_it_is_copied_arrives_whole(tmp_path, 
     bucket.put = waits
     with RunFolder(tmp_path / "run", {"lr": 1}, sync=Sync(bucket)) as folder:
         one = trainer(folder, **OFTEN)
-        one._advance()
+        one.advance()
         one.save()
         assert started.wait(30)
         first = (folder.path / "checkpoints" / "step-000000001" / "state.safetensors").read_bytes()
         for _ in range(5):
-            one._advance()
+            one.advance()
             one.save()
         assert not (folder.path / "checkpoints" / "step-000000001").exists()
         copied = []
@@ -269,7 +269,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_copied_arrives_whole(tmp_path, 
 def test_whoever_came_last_owns_the_copy(tmp_path, bucket, capsys):
     with RunFolder(tmp_path / "first", {"lr": 1}, sync=Sync(bucket)) as folder:
         first = trainer(folder, **OFTEN)
-        first._advance()
+        first.advance()
         first.save()
         deadline = time.monotonic() + 20
         while "checkpoints/step-000000001/state.json" not in names(bucket) and time.monotonic() < deadline:
@@ -277,7 +277,7 @@ def test_whoever_came_last_owns_the_copy(tmp_path, bucket, capsys):
         run(tmp_path / "second", bucket)  # it was thought dead
         there = names(bucket)
         for _ in range(3):
-            first._advance()
+            first.advance()
             first.save()
     assert names(bucket) == there
     assert "was taken over by process" in capsys.readouterr().err

@@ -158,7 +158,7 @@ def test_the_log_of_a_resumed_run_equals_that_of_a_run_never_stopped(tmp_path):
         cut = Trainer(members(), stream(), settings(), folder=folder)
         for step in range(14):
             assert cut.step == step
-            cut._advance()
+            cut.advance()
             if cut.step == 10:
                 cut._log(1.0)
         cut.save()
