@@ -317,7 +317,7 @@ from sparse_coding.activations import block_reader
 from sparse_coding.activations.store_stream import StoreStream
 stream = StoreStream(sys.argv[1], batch_size=32, buffer_rows=256)
 stream.batch(0)
-time.sleep(0.2)  # the next block is there
+time.sleep(3)  # the next block is there, on a busy machine too
 block_reader.read_rows = lambda *given: time.sleep(1000)
 for step in range(1, 9):
     stream.batch(step)

@@ -253,6 +253,8 @@ def test_two_processes_killed_and_started_again_leave_the_files_that_one_does(sm
     )
     while process.poll() is None and len(list(shared.glob("site-0/*"))) < 20:
         time.sleep(0.005)
+    if process.poll() is not None:
+        pytest.skip("it ended before it could be killed")
     threads = Path(f"/proc/{process.pid}/task").glob("*/children")
     children = [int(one) for thread in threads for one in thread.read_text().split()]
     assert len(children) >= 2
@@ -261,6 +263,7 @@ def test_two_processes_killed_and_started_again_leave_the_files_that_one_does(sm
     process.wait()
     while any(running(number) for number in children):
         time.sleep(0.01)
+    time.sleep(1)  # their locks go with them
     assert not (shared / "manifest.json").exists()
     with pytest.raises(UserError, match=r"begun by 2 processes: continue it with torchrun --nproc_per_node=2"):
         harvest(parse(HarvestFlags, many_shards(small_gpt2, small_text, shared), "", ""))

@@ -132,7 +132,7 @@ def test_the_full_grid_fits_in_memory():
         (["--world", "hoagy"], "did you mean 'hoagy-2023"),
         (["--preset", "fast"], "--preset"),
         (["--l1", "-1"], "L1 coefficient is -1"),
-        (["--ratios", "0"], "d_sae is 0"),
+        (["--ratios", "0"], "a ratio is 0.0: it must be a positive number"),
         (["--steps", "0"], "steps is 0"),
         (["--eval-samples", "0"], "--eval-samples"),
         (["--batch-size", "0"], "--batch-size"),
