@@ -75,6 +75,10 @@ class Block:
         )
 
 
+PATIENCE = 2.0
+"""Seconds that threads have to end."""
+
+
 class BlockReader:
     """At most two blocks in memory: the one that is served and the next."""
 
@@ -92,9 +96,13 @@ class BlockReader:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         # Daemons that know nothing but the queue: neither the end of the program nor of the reader waits for them.
-        for _ in range(threads):
-            threading.Thread(target=_work, args=(self._jobs, self._stop), daemon=True, name="store reader").start()
-        self.close = weakref.finalize(self, _end, self._jobs, self._stop, threads)
+        workers = [
+            threading.Thread(target=_work, args=(self._jobs, self._stop), daemon=True, name="store reader")
+            for _ in range(threads)
+        ]
+        for worker in workers:
+            worker.start()
+        self.close = weakref.finalize(self, _end, self._jobs, self._stop, workers)
         """Ends the threads; called by itself when the reader is gone."""
 
     def block(self, epoch: Epoch, index: int) -> Block:
@@ -233,7 +241,13 @@ def _work(jobs: SimpleQueue, stop: threading.Event) -> None:
         del job, block, action, error  # nothing of it lives on while the next job is waited for
 
 
-def _end(jobs: SimpleQueue, stop: threading.Event, threads: int) -> None:
+def _end(jobs: SimpleQueue, stop: threading.Event, workers: Sequence[threading.Thread]) -> None:
+    """Let the threads end. Those that do so soon are waited for: one that is inside torch when the program ends would
+    take it down with an abort. One that hangs is left behind."""
     stop.set()
-    for _ in range(threads):
+    for _ in workers:
         jobs.put(None)
+    deadline = time.monotonic() + PATIENCE
+    for worker in workers:
+        if worker is not threading.current_thread():
+            worker.join(max(0.0, deadline - time.monotonic()))
