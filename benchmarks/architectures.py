@@ -36,7 +36,7 @@ from sparse_coding.training.trainer import Trainer, TrainingSettings
 
 RESULTS, IMAGES = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs" / "images" / "architectures"
 SHOWN = ("mmcs", "fraction_above_0.9", "mmcs_dict_to_truth", "l0", "fvu", "dead")
-L1, K = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), (1, 2, 3, 4, 6, 8)
+L1, K = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), (2, 3, 4, 6)
 
 
 NEAR_ZERO = {"initial_threshold": 0.01}  # the default suits activations of norm sqrt(d_in), these have norm 1
@@ -51,8 +51,6 @@ class Row:
     varied: Mapping[str, Sequence[Any]]
     shared: Mapping[str, Any] = field(default_factory=dict)
     resample: bool = False
-    ratio: float | None = None
-    """Another number of latents per true feature than the rest of the table has."""
 
 
 ROWS = (
@@ -77,16 +75,6 @@ ROWS = (
     Row("jumprelu, target L0", "jumprelu", {"target_l0": (2, 3, 4, 6)}, NEAR_ZERO),
     Row("matching-pursuit", "matching-pursuit", {"k": K}),
 )
-
-MANY = {"ratio": 8.0}
-DEAD_ROWS = (
-    Row("nothing", "topk", {"k": (3,)}, {"dead_latents": "none"}, **MANY),
-    Row("AuxK, weight 1/32", "topk", {"k": (3,)}, **MANY),
-    Row("AuxK, weight 1", "topk", {"k": (3,)}, {"auxk_coefficient": 1.0}, **MANY),
-    Row("ghost gradients", "topk", {"k": (3,)}, {"dead_latents": "ghost"}, **MANY),
-    Row("resampling", "topk", {"k": (3,)}, {"dead_latents": "none"}, resample=True, **MANY),
-)
-"""Ways with dead latents where there are many: eight latents for every true feature."""
 
 
 def train(rows_and_members: Sequence[tuple[Row, Member]], world: World, flags: argparse.Namespace) -> list[dict]:
@@ -113,7 +101,7 @@ def train(rows_and_members: Sequence[tuple[Row, Member]], world: World, flags: a
         for index, (row, member) in enumerate(chosen):
             reconstruction, metrics = toy_study.measure(trainer.dictionary(index), world, batches)
             metrics.pop("max_cosines")
-            known = record(member, row.ratio or flags.ratio, reconstruction, metrics)
+            known = record(member, flags.ratio, reconstruction, metrics)
             found.append({"row": row.name, **known, "variant": row.name.partition(", ")[2]})
             found[-1].pop("density")
     return found
@@ -121,7 +109,7 @@ def train(rows_and_members: Sequence[tuple[Row, Member]], world: World, flags: a
 
 def members_of(row: Row, world: World, ratio: float, lr: float, seeds: Sequence[int], varied: Mapping) -> list[Member]:
     settings = world.settings
-    latents_per_width = (row.ratio or ratio) * settings.n_features / settings.d_in
+    latents_per_width = ratio * settings.n_features / settings.d_in
     return grid(
         row.architecture, {"synthetic": settings.d_in}, [latents_per_width], [lr], seeds, varied, **row.shared
     )  # fmt: skip
@@ -136,11 +124,9 @@ def best_settings(found: Sequence[dict]) -> dict[str, dict]:
     return best
 
 
-def table(
-    rows: Sequence[Row], found: Sequence[dict], best: Mapping[str, dict], baselines: Mapping[str, Any] | None = None
-) -> str:
+def table(found: Sequence[dict], best: Mapping[str, dict], controls: Mapping[str, Any]) -> str:
     lines = ["| | best setting | MMCS | found (cos > .9) | MMCS back | L0 | FVU | dead |", "|" + "---|" * 8]
-    for row in rows:
+    for row in ROWS:
         if row.name not in best:
             continue
         (knob,) = row.varied
@@ -148,7 +134,7 @@ def table(
         same = [one["metrics"] for one in found if one["row"] == row.name and one["settings"][knob] == value]
         cells = [spread([one[name] for one in same], name) for name in SHOWN]
         lines.append(f"| {row.name} | {knob} {value:g} | {' | '.join(cells)} |")
-    for name, metrics in (baselines or {}).items():
+    for name, metrics in controls["baselines"].items():
         cells = [spread([metrics[key]], key) for key in SHOWN]
         lines.append(f"| *control: {name}* | {metrics['n_atoms']} atoms | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -222,7 +208,7 @@ def main() -> None:
         draw_toy(kept["records"], kept["controls"]["l0_true"])
         return
     world = World(preset(flags.world), flags.device)
-    rows = [row for row in (*ROWS, *DEAD_ROWS) if not flags.rows or row.name in flags.rows]
+    rows = [row for row in ROWS if not flags.rows or row.name in flags.rows]
     began = time.perf_counter()
     first = [
         (row, m) for row in rows for m in members_of(row, world, flags.ratio, flags.lr, flags.seeds[:1], row.varied)
@@ -252,16 +238,11 @@ def main() -> None:
         f"{facts['versions']['torch']}, {facts['gpu'] or str(torch.get_num_threads()) + ' CPU threads'}, "
         f"{seconds / 60:.0f} minutes.\n\n"
     )
-    text = header.replace(" `,", "`,") + table(ROWS, found, best, controls["baselines"])
+    text = header.replace(" `,", "`,") + table(found, best, controls)
     text += (
         "\n\nMMCS: mean over the true features of the largest cosine with an atom. Found: share of features with a "
         "cosine above .9. MMCS back: mean over atoms of the largest cosine with a feature; atoms beyond the number of "
         "features have nothing to find. L0, FVU and dead latents on 50,000 held-out samples without noise.\n"
-    )
-    many = round(8 * settings.n_features)
-    text += (
-        f"\n## Dead latents\n\nTopK with k = 3 and {many:,} latents, eight for every true feature, so that most have "
-        "nothing of their own to find.\n\n" + table(DEAD_ROWS, found, best) + "\n"
     )
     print(text)
     if flags.world == "quick" and not flags.out and not flags.rows:
