@@ -119,7 +119,6 @@ def test_layers_and_tokens_like_those_of_run(small_gpt2, small_text, tmp_path, c
     assert said["rows"] == 5000
     shown = capsys.readouterr().out
     assert "plan: 5,000 rows as bf16 in 2 shards of 3,000" in shown
-    assert "about 0 s" in shown
     assert "complete: 5,000 rows" in shown
 
 
@@ -170,6 +169,7 @@ def many_shards(model: Path, text: Path, store: Path) -> list[str]:
     return words_of(model, text, store, "--shard-rows", "50", "--codec", "int8", "--keep-tokens")
 
 
+@pytest.mark.stress
 def test_a_harvest_killed_again_and_again_ends_with_the_same_files(small_gpt2, small_text, tmp_path):
     whole, killed = tmp_path / "whole" / "s", tmp_path / "killed" / "s"
     harvest(parse(HarvestFlags, many_shards(small_gpt2, small_text, whole), "", ""))
@@ -243,6 +243,7 @@ def test_two_processes_leave_the_files_that_one_does(small_gpt2, small_text, tmp
     assert not list(shared.glob("part-*"))
 
 
+@pytest.mark.stress
 def test_two_processes_killed_and_started_again_leave_the_files_that_one_does(small_gpt2, small_text, tmp_path):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     harvest(parse(HarvestFlags, many_shards(small_gpt2, small_text, alone), "", ""))
@@ -432,6 +433,7 @@ def test_codecs_hardly_change_the_fit(trained, small_gpt2, small_text, tmp_path)
             assert record["metrics"]["fvu"] == pytest.approx(fp32[record["name"]], rel=tolerance)
 
 
+@pytest.mark.stress
 def test_a_run_from_a_store_killed_again_and_again_ends_with_the_same_bits(trained, harvested, tmp_path):
     out = tmp_path / "killed"
     words = [sys.executable, "run.py", *run_flags(harvested, out, "--sites", HIDDEN, "--checkpoint-seconds", "0.02")]

@@ -111,6 +111,7 @@ def assert_same_run(expected: Path, got: Path) -> None:
         assert (expected / name).read_bytes() == (got / name).read_bytes(), name
 
 
+@pytest.mark.stress
 def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(undisturbed, small_gpt2, small_text, tmp_path):
     """Five times while it starts, ten while it trains, five while it evaluates and draws its report."""
     out = tmp_path / "killed"
@@ -125,6 +126,7 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(undisturbed,
     assert_same_run(undisturbed, out)
 
 
+@pytest.mark.stress
 def test_the_real_command_killed_and_started_by_hand(undisturbed, small_gpt2, small_text, tmp_path):
     """Without the fork above: a process of its own, killed in training, and SIGTERM, and then left in peace."""
     out = tmp_path / "killed"
