@@ -20,7 +20,6 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from sparse_coding import toy_study
-from sparse_coding.activations.objects import open_objects
 from sparse_coding.config import numbers, parse, to_dict
 from sparse_coding.device import pick_device
 from sparse_coding.dictionaries import settings_of
@@ -29,6 +28,7 @@ from sparse_coding.evaluation import record, save_dictionaries, stability
 from sparse_coding.progress import Progress
 from sparse_coding.provenance import provenance, short_hash
 from sparse_coding.report.toy_report import write_toy_report
+from sparse_coding.stores.objects import open_objects
 from sparse_coding.sweep_flags import SweepFlags
 from sparse_coding.synthetic import World, WorldStream, preset
 from sparse_coding.training.estimate import estimate

@@ -32,16 +32,16 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sparse_coding.activations.codec import Codec
 from sparse_coding.activations.models import bundled_models, load_model
-from sparse_coding.activations.store import Source, Store, StoreWriter
-from sparse_coding.activations.store_stream import StoreStream
 from sparse_coding.activations.stream import ActivationStream
 from sparse_coding.activations.text import Part, TextSettings
 from sparse_coding.activations.tokenizers import load_tokenizer
 from sparse_coding.activations.tokens import contexts
 from sparse_coding.metrics.reconstruction import Reconstruction
 from sparse_coding.provenance import provenance
+from sparse_coding.stores.codec import Codec
+from sparse_coding.stores.store import Source, Store, StoreWriter
+from sparse_coding.stores.stream import StoreStream
 from sparse_coding.training.allocator import keep_freed_memory
 from sparse_coding.training.sweep import grid
 from sparse_coding.training.trainer import Trainer, TrainingSettings

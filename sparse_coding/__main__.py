@@ -114,7 +114,7 @@ def harvest(arguments: Sequence[str]) -> None:
 
 def store(arguments: Sequence[str]) -> None:
     """describe, verify, copy or merge stores of activations"""
-    from sparse_coding.activations.store_verbs import main
+    from sparse_coding.stores.verbs import main
 
     main(arguments)
 

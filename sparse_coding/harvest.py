@@ -25,13 +25,8 @@ from torch import Tensor
 
 from sparse_coding.activations.capture import default_contexts_per_forward, rows_per_context, widths
 from sparse_coding.activations.capture import rows as captured_rows
-from sparse_coding.activations.codec import ITEMSIZE, Affine8, Codec, calibrate
 from sparse_coding.activations.models import LanguageModel
-from sparse_coding.activations.objects import Objects, open_objects
 from sparse_coding.activations.sites import Site, resolve_all
-from sparse_coding.activations.store import Manifest, Source, StoreWriter, found_manifest
-from sparse_coding.activations.store_parts import PartObjects, begun_parts, drop_parts, join_parts
-from sparse_coding.activations.store_writer import CALIBRATION_ROWS, rows_per_shard
 from sparse_coding.activations.tokens import Contexts, contexts
 from sparse_coding.captured import context_length, open_model, open_tokenizer, revision
 from sparse_coding.config import count, to_dict
@@ -44,6 +39,11 @@ from sparse_coding.progress import Progress, duration, quantity
 from sparse_coding.provenance import provenance
 from sparse_coding.run_names import run_name
 from sparse_coding.run_settings import SourceFlags, TextFlags
+from sparse_coding.stores.codec import ITEMSIZE, Affine8, Codec, calibrate
+from sparse_coding.stores.objects import Objects, open_objects
+from sparse_coding.stores.parts import PartObjects, begun_parts, drop_parts, join_parts
+from sparse_coding.stores.store import Manifest, Source, StoreWriter, found_manifest
+from sparse_coding.stores.writer import CALIBRATION_ROWS, rows_per_shard
 from sparse_coding.training.run_folder import differences
 from sparse_coding.training.stopping import Stopping, StopRequested
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sparse_coding.activations.end_to_end import EndToEndStream
-from sparse_coding.activations.objects import open_objects
 from sparse_coding.activations.paired import PairedStream
 from sparse_coding.activations.sites import resolve_all
 from sparse_coding.activations.stream import ActivationStream
@@ -21,6 +20,7 @@ from sparse_coding.provenance import provenance, short_hash
 from sparse_coding.report.run_report import write_run_report
 from sparse_coding.run_settings import RunSettings
 from sparse_coding.stored import from_stores
+from sparse_coding.stores.objects import open_objects
 from sparse_coding.training.estimate import estimate
 from sparse_coding.training.micro_batches import plan_without_memory
 from sparse_coding.training.run_folder import RunFolder

@@ -16,11 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_coding.activations.capture import widths
-from sparse_coding.activations.objects import open_objects
 from sparse_coding.activations.sites import resolve_all
-from sparse_coding.activations.store import MANIFEST, Store
-from sparse_coding.activations.store_parts import begun_parts
-from sparse_coding.activations.store_stream import StoreStream
 from sparse_coding.activations.tokens import Contexts
 from sparse_coding.captured import (
     Captured,
@@ -38,6 +34,10 @@ from sparse_coding.device import pick_device
 from sparse_coding.errors import UserError, near
 from sparse_coding.progress import quantity
 from sparse_coding.run_settings import DEFAULT_MODEL, ModelFlags, RunSettings, StoreFlags, TextFlags
+from sparse_coding.stores.objects import open_objects
+from sparse_coding.stores.parts import begun_parts
+from sparse_coding.stores.store import MANIFEST, Store
+from sparse_coding.stores.stream import StoreStream
 from sparse_coding.training.run_folder import RunFolder
 
 APART = 0.05

@@ -11,10 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sparse_coding"
 MAY_NOT_IMPORT = {
-    "synthetic": ("activations", "dictionaries", "training", "formats", "report", "language_models"),
+    "synthetic": ("activations", "stores", "dictionaries", "training", "formats", "report", "language_models"),
     "kernels": (
         "synthetic",
         "activations",
+        "stores",
         "dictionaries",
         "metrics",
         "training",
@@ -22,11 +23,21 @@ MAY_NOT_IMPORT = {
         "report",
         "language_models",
     ),
-    "dictionaries": ("synthetic", "activations", "metrics", "training", "formats", "report", "language_models"),
-    "metrics": ("synthetic", "activations", "training", "formats", "report", "language_models"),
-    "training": ("synthetic", "activations", "metrics", "formats", "report", "language_models"),
-    "formats": ("synthetic", "activations", "metrics", "report", "language_models"),
-    "report": ("synthetic", "activations", "language_models"),
+    "dictionaries": (
+        "synthetic",
+        "activations",
+        "stores",
+        "metrics",
+        "training",
+        "formats",
+        "report",
+        "language_models",
+    ),
+    "metrics": ("synthetic", "activations", "stores", "training", "formats", "report", "language_models"),
+    "training": ("synthetic", "activations", "stores", "metrics", "formats", "report", "language_models"),
+    "formats": ("synthetic", "activations", "stores", "metrics", "report", "language_models"),
+    "stores": ("synthetic", "dictionaries", "metrics", "training", "formats", "report", "language_models"),
+    "report": ("synthetic", "activations", "stores", "language_models"),
 }
 HEAVY = (
     "transformers",

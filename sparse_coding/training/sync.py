@@ -35,7 +35,7 @@ Key = tuple[int, int, int]
 
 
 class Objects(Protocol):
-    """What is needed of activations/objects.py, which gives folders and S3."""
+    """What is needed of stores/objects.py, which gives folders and S3."""
 
     url: str
 

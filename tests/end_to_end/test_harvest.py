@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 from sparse_coding.activations.capture import rows as captured_rows
-from sparse_coding.activations.store import Store
 from sparse_coding.config import parse
 from sparse_coding.errors import Interrupted, UserError, reported
 from sparse_coding.harvest import HarvestFlags, Passes, harvest
 from sparse_coding.pipeline import run
 from sparse_coding.run_settings import RunSettings
+from sparse_coding.stores.store import Store
 from sparse_coding.training.run_folder import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -475,8 +475,8 @@ def test_without_the_model_the_last_rows_are_kept_apart(small_gpt2, small_text, 
     assert "ce_spliced" not in records[0]["metrics"]
     assert not (tmp_path / "r" / "latents.json").exists()
     # The rows they are measured on are the last of the store, and nothing is trained on them.
-    from sparse_coding.activations.store_stream import StoreStream
     from sparse_coding.stored import RowsApart
+    from sparse_coding.stores.stream import StoreStream
 
     store = Store.open(tmp_path / "s")
     whole = torch.cat([store.read_shard(HIDDEN, shard) for shard in range(len(store.shard_rows))])
@@ -591,7 +591,7 @@ def test_stores_of_other_models_or_widths_and_none_at_all(harvested, small_gpt2,
 
 
 def test_harvest_and_train_on_s3(small_gpt2, small_text, harvested, trained, tmp_path, monkeypatch):
-    from tests.activations.fake_s3 import serving
+    from tests.stores.fake_s3 import serving
 
     with serving(monkeypatch) as fake:
         harvest(flags(small_gpt2, small_text, "s3://bucket/a/run", "--codec", "fp32", "--keep-tokens"))

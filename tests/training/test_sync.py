@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from sparse_coding.activations.objects import FolderObjects, open_objects
 from sparse_coding.errors import Interrupted, UserError
+from sparse_coding.stores.objects import FolderObjects, open_objects
 from sparse_coding.training import sync as sync_module
 from sparse_coding.training.run_folder import RunFolder, read_lines
 from sparse_coding.training.safety import Safety
@@ -19,8 +19,8 @@ from sparse_coding.training.stream import TensorStream
 from sparse_coding.training.sweep import grid
 from sparse_coding.training.sync import Sync, belongs
 from sparse_coding.training.trainer import Trainer, TrainingSettings
-from tests.activations.fake_s3 import KEY, serving
-from tests.activations.fake_s3 import SECRET as SECRET_OF_S3
+from tests.stores.fake_s3 import KEY, serving
+from tests.stores.fake_s3 import SECRET as SECRET_OF_S3
 
 ROWS = torch.randn(512, 16, generator=torch.Generator().manual_seed(1))
 OFTEN = {"checkpoint_seconds": 0.0, "safety": Safety(checkpoint_share=1.0)}

@@ -10,12 +10,12 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from sparse_coding.activations.codec import Codec
-from sparse_coding.activations.store import MANIFEST, Damaged, Store
-from sparse_coding.activations.store_copy import copied, merged
 from sparse_coding.config import parse
 from sparse_coding.errors import UserError, near
 from sparse_coding.progress import Progress
+from sparse_coding.stores.codec import Codec
+from sparse_coding.stores.copying import copied, merged
+from sparse_coding.stores.store import MANIFEST, Damaged, Store
 
 THREADS = 4
 """Files read at once."""

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sparse_coding.activations import block_reader
-from sparse_coding.activations.codec import Affine8
 from sparse_coding.activations.models import LanguageModel
-from sparse_coding.activations.objects import FolderObjects
-from sparse_coding.activations.scattered import read_rows
-from sparse_coding.activations.store import Source, Store, StoreWriter
-from sparse_coding.activations.store_order import Order
-from sparse_coding.activations.store_stream import StoreStream
 from sparse_coding.activations.stream import ActivationStream
 from sparse_coding.activations.tokens import Contexts
 from sparse_coding.errors import UserError
+from sparse_coding.stores import block_reader
+from sparse_coding.stores.codec import Affine8
+from sparse_coding.stores.objects import FolderObjects
+from sparse_coding.stores.order import Order
+from sparse_coding.stores.scattered import read_rows
+from sparse_coding.stores.store import Source, Store, StoreWriter
+from sparse_coding.stores.stream import StoreStream
 from sparse_coding.training.stream import NormalisedStream, Stream
 from sparse_coding.training.sweep import grid
 from sparse_coding.training.trainer import Trainer, TrainingSettings
@@ -313,8 +313,8 @@ def test_threads_end_with_the_stream(store):
 
 SCRIPT = """
 import sys, time
-from sparse_coding.activations import block_reader
-from sparse_coding.activations.store_stream import StoreStream
+from sparse_coding.stores import block_reader
+from sparse_coding.stores.stream import StoreStream
 stream = StoreStream(sys.argv[1], batch_size=32, buffer_rows=256)
 stream.batch(0)
 time.sleep(3)  # the next block is there, on a busy machine too

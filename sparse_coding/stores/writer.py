@@ -24,12 +24,10 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from sparse_coding.activations.codec import Affine8, Codec, calibrate, checked_codec, encode
-from sparse_coding.activations.objects import Objects, open_objects
-from sparse_coding.activations.running import Running
-from sparse_coding.activations.shard_file import DATA_START, file_bytes, header
-from sparse_coding.activations.store_begin import asked_manifest, begun, rows_per_shard
-from sparse_coding.activations.store_manifest import (
+from sparse_coding.errors import UserError
+from sparse_coding.stores.begin import asked_manifest, begun, rows_per_shard
+from sparse_coding.stores.codec import Affine8, Codec, calibrate, checked_codec, encode
+from sparse_coding.stores.manifest import (
     MANIFEST,
     TOKEN_NUMPY,
     FileInfo,
@@ -37,7 +35,9 @@ from sparse_coding.activations.store_manifest import (
     ShardInfo,
     Source,
 )
-from sparse_coding.errors import UserError
+from sparse_coding.stores.objects import Objects, open_objects
+from sparse_coding.stores.running import Running
+from sparse_coding.stores.shard_file import DATA_START, file_bytes, header
 
 CALIBRATION_ROWS = 16_384
 """Of the first shard, held in float32 until int8's mean and scale are chosen from them."""

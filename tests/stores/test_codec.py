@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_coding.activations.codec import CODECS, DTYPES, Affine8, calibrate, checked_codec, decode, encode
 from sparse_coding.errors import UserError
+from sparse_coding.stores.codec import CODECS, DTYPES, Affine8, calibrate, checked_codec, decode, encode
 
 
 def noise(x: torch.Tensor, codec: str, affine: Affine8 | None = None) -> float:

@@ -109,7 +109,7 @@ def open_objects(url: str | Path, *, seconds: float = 300.0) -> Objects:
         return FolderObjects(Path(text))
     if scheme[1].lower() != "s3":
         raise UserError(f"cannot open a {scheme[1]}: URL; a store is a folder or s3://bucket/prefix")
-    from sparse_coding.activations.objects_s3 import S3Objects
+    from sparse_coding.stores.objects_s3 import S3Objects
 
     return S3Objects(text, seconds=seconds)
 

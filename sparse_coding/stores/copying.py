@@ -7,15 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
-from sparse_coding.activations.codec import Codec
-from sparse_coding.activations.objects import Objects, open_objects
-from sparse_coding.activations.running import Running
-from sparse_coding.activations.store import Store
-from sparse_coding.activations.store_begin import begun
-from sparse_coding.activations.store_manifest import MANIFEST, Manifest, ShardInfo, Source
-from sparse_coding.activations.store_writer import StoreWriter
 from sparse_coding.errors import UserError
 from sparse_coding.progress import Progress
+from sparse_coding.stores.begin import begun
+from sparse_coding.stores.codec import Codec
+from sparse_coding.stores.manifest import MANIFEST, Manifest, ShardInfo, Source
+from sparse_coding.stores.objects import Objects, open_objects
+from sparse_coding.stores.running import Running
+from sparse_coding.stores.store import Store
+from sparse_coding.stores.writer import StoreWriter
 
 FILES_AT_ONCE = 4
 """Files in memory while they are copied."""

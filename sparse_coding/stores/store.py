@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_coding.activations.codec import DTYPES, Affine8, Codec, decode
-from sparse_coding.activations.objects import ObjectMissing, Objects, ObjectTruncated, open_objects
-from sparse_coding.activations.shard_file import Damaged, data_starts
-from sparse_coding.activations.store_manifest import (
+from sparse_coding.errors import UserError, near
+from sparse_coding.stores.codec import DTYPES, Affine8, Codec, decode
+from sparse_coding.stores.manifest import (
     MANIFEST,
     TOKEN_NUMPY,
     FileInfo,
@@ -29,8 +28,9 @@ from sparse_coding.activations.store_manifest import (
     found_manifest,
     read_manifest,
 )
-from sparse_coding.activations.store_writer import StoreWriter
-from sparse_coding.errors import UserError, near
+from sparse_coding.stores.objects import ObjectMissing, Objects, ObjectTruncated, open_objects
+from sparse_coding.stores.shard_file import Damaged, data_starts
+from sparse_coding.stores.writer import StoreWriter
 
 __all__ = [
     "MANIFEST",

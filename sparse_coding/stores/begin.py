@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from sparse_coding.activations.codec import ITEMSIZE, Affine8, Codec
-from sparse_coding.activations.objects import Objects
-from sparse_coding.activations.store_manifest import (
+from sparse_coding.errors import UserError
+from sparse_coding.stores.codec import ITEMSIZE, Affine8, Codec
+from sparse_coding.stores.manifest import (
     MANIFEST,
     TOKEN_DTYPES,
     Manifest,
@@ -17,7 +17,7 @@ from sparse_coding.activations.store_manifest import (
     Source,
     found_manifest,
 )
-from sparse_coding.errors import UserError
+from sparse_coding.stores.objects import Objects
 
 
 def rows_per_shard(widths: Mapping[str, int], codec: Codec, megabytes: float = 64.0) -> int:

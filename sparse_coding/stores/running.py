@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_coding.activations.store_manifest import Statistics
+from sparse_coding.stores.manifest import Statistics
 
 PIECE_ROWS = 4096
 """Rows turned to float64 at once."""

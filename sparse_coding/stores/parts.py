@@ -11,15 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparse_coding.activations.objects import Buffer, FolderObjects, Objects
-from sparse_coding.activations.running import Running
-from sparse_coding.activations.store_manifest import (
+from sparse_coding.stores.manifest import (
     MANIFEST,
     Manifest,
     ShardInfo,
     Statistics,
     read_manifest,
 )
+from sparse_coding.stores.objects import Buffer, FolderObjects, Objects
+from sparse_coding.stores.running import Running
 
 
 class PartObjects(Objects):

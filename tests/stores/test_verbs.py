@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sparse_coding.__main__ import main
-from sparse_coding.activations import store_copy
-from sparse_coding.activations.store import Damaged, Source, Store, StoreWriter
 from sparse_coding.errors import UserError
-from tests.activations.fake_s3 import serving
+from sparse_coding.stores import copying
+from sparse_coding.stores.store import Damaged, Source, Store, StoreWriter
+from tests.stores.fake_s3 import serving
 
 SOURCE = Source("tiny", "main", {"sha256": "abc"}, "bpe", 8)
 WIDTHS = {"blocks.0": 6, "blocks.1.mlp": 4}
@@ -89,7 +89,7 @@ def test_a_copy_to_s3_and_back_is_the_same_files(tmp_path, monkeypatch):
 def test_a_stopped_copy_goes_on(tmp_path, monkeypatch, codec):
     make(tmp_path / "s", n=100)
     source = Store.open(tmp_path / "s")
-    store_copy.copied(source, str(tmp_path / "whole"), codec)
+    copying.copied(source, str(tmp_path / "whole"), codec)
     reads = []
     real = Store.read_file
 
@@ -102,12 +102,12 @@ def test_a_stopped_copy_goes_on(tmp_path, monkeypatch, codec):
     monkeypatch.setattr(Store, "read_file", stopping)
     stop = True
     with pytest.raises(KeyboardInterrupt):
-        store_copy.copied(source, str(tmp_path / "t"), codec)
+        copying.copied(source, str(tmp_path / "t"), codec)
     stop, first = False, len(reads)
     make(tmp_path / "other", 1, n=100)
     with pytest.raises(UserError, match=r"the beginning of another store|other settings"):
-        store_copy.copied(Store.open(tmp_path / "other"), str(tmp_path / "t"))
-    store_copy.copied(source, str(tmp_path / "t"), codec)
+        copying.copied(Store.open(tmp_path / "other"), str(tmp_path / "t"))
+    copying.copied(source, str(tmp_path / "t"), codec)
     assert len({shard for _, shard in reads[first:]}) < len(source.shard_rows)
     assert files(tmp_path / "t") == files(tmp_path / "whole")
 

@@ -1,6 +1,6 @@
 """Batches of rows from stores, shuffled across all of them, each a pure function of its position.
 
-store_order.py says in which order, block_reader.py brings the rows. While one block is served the next is read; a row
+order.py says in which order, block_reader.py brings the rows. While one block is served the next is read; a row
 is copied once on its way from the file into the block and once, decoded, into its batch.
 """
 
@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_coding.activations.block_reader import Block, BlockReader, rows_place
-from sparse_coding.activations.codec import Affine8, decode
-from sparse_coding.activations.objects import FolderObjects
-from sparse_coding.activations.store import Damaged, Store
-from sparse_coding.activations.store_order import Order
 from sparse_coding.errors import UserError
+from sparse_coding.stores.block_reader import Block, BlockReader, rows_place
+from sparse_coding.stores.codec import Affine8, decode
+from sparse_coding.stores.objects import FolderObjects
+from sparse_coding.stores.order import Order
+from sparse_coding.stores.store import Damaged, Store
 
 LOCAL_READERS, REMOTE_READERS = 2, 16
 CHECKERS = 16

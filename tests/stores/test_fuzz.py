@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_coding.activations import store as store_module
-from sparse_coding.activations.shard_file import DATA_START, Damaged
-from sparse_coding.activations.store import Source, Store, StoreWriter
 from sparse_coding.errors import UserError
+from sparse_coding.stores import store as store_module
+from sparse_coding.stores.shard_file import DATA_START, Damaged
+from sparse_coding.stores.store import Source, Store, StoreWriter
 
 WIDTHS = {"a": 5, "b": 3}
 TOKENS = {"token": "I32", "position": "I32"}

@@ -7,9 +7,9 @@ import traceback
 
 import pytest
 
-from sparse_coding.activations.objects import PIECE, ObjectMissing, ObjectTruncated, open_objects
 from sparse_coding.errors import UserError
-from tests.activations.fake_s3 import KEY, SECRET, serving
+from sparse_coding.stores.objects import PIECE, ObjectMissing, ObjectTruncated, open_objects
+from tests.stores.fake_s3 import KEY, SECRET, serving
 
 URL = "s3://bucket/some/prefix"
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparse_coding.activations.codec import CODECS
-from sparse_coding.activations.objects import FolderObjects, open_objects
-from sparse_coding.activations.store import Damaged, Source, Store, StoreWriter
-from sparse_coding.activations.store_manifest import from_json, read_manifest
 from sparse_coding.errors import UserError
-from tests.activations.fake_s3 import KEY, SECRET, serving
+from sparse_coding.stores.codec import CODECS
+from sparse_coding.stores.manifest import from_json, read_manifest
+from sparse_coding.stores.objects import FolderObjects, open_objects
+from sparse_coding.stores.store import Damaged, Source, Store, StoreWriter
+from tests.stores.fake_s3 import KEY, SECRET, serving
 
 WIDTHS = {"blocks.0.mlp": 6, "blocks.1": 4}
 SOURCE = Source("tiny", None, {"sha256": "abc", "part": ("train", 1)}, "bpe", 8, True)

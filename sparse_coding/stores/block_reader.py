@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sparse_coding.activations.objects import FolderObjects
-from sparse_coding.activations.scattered import memory, read_rows, scatter
-from sparse_coding.activations.store import Damaged, Store
-from sparse_coding.activations.store_order import Epoch, Order, Pieces
 from sparse_coding.errors import UserError
+from sparse_coding.stores.objects import FolderObjects
+from sparse_coding.stores.order import Epoch, Order, Pieces
+from sparse_coding.stores.scattered import memory, read_rows, scatter
+from sparse_coding.stores.store import Damaged, Store
 
 PIECES_PER_JOB = 8
 """Pieces of one local file that a thread reads with the file opened once."""

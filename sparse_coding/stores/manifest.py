@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from sparse_coding.activations.codec import CODECS, Codec
-from sparse_coding.activations.objects import ObjectMissing, Objects, checked_name
-from sparse_coding.activations.shard_file import LARGEST_HEADER, Damaged, Expected, tensor_bytes
 from sparse_coding.errors import UserError
+from sparse_coding.stores.codec import CODECS, Codec
+from sparse_coding.stores.objects import ObjectMissing, Objects, checked_name
+from sparse_coding.stores.shard_file import LARGEST_HEADER, Damaged, Expected, tensor_bytes
 
 MANIFEST = "manifest.json"
 FORMAT = 1

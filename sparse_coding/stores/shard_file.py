@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sparse_coding.activations.objects import Objects
 from sparse_coding.errors import UserError
+from sparse_coding.stores.objects import Objects
 
 DATA_START = 1024
 """Where the tensors begin in the files we write; a multiple of 64, so that they are aligned when mapped."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from sparse_coding.activations.objects import PIECE, Buffer, ObjectMissing, Objects, ObjectTruncated, checked_name
 from sparse_coding.errors import UserError
+from sparse_coding.stores.objects import PIECE, Buffer, ObjectMissing, Objects, ObjectTruncated, checked_name
 
 T = TypeVar("T")
 
