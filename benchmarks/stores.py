@@ -6,6 +6,12 @@ Everything on the local disk is read with a warm page cache: a first pass is mad
 takes turns of a fraction of a second, and medians over the turns are shown, so a busy machine slows all sides; but a
 stream reads in threads beside the one that serves, and a plain read needs one core alone. Processor time per gigabyte
 is shown for that reason.
+
+Plain reads are of three kinds: into memory for all of the files that is there already, which is what a stream is
+measured against; into new memory, whose pages come zeroed; and through one small buffer, which never leave the cache.
+A stream checks the sums of all rows the first time it reads them; "first pass" shows that, the other lines later ones.
+It reads ahead, so its speed is that of the bytes it read from the files within a turn, not of the batches that
+were served, and no other side has its turn before its threads are idle.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,8 +58,8 @@ RIVAL = Path(__file__).parent / "rivals" / "rival_activation_cache.py"
 S3RVER = "s3rver@3.7.1"
 MODEL, SITE = "python-gpt", "blocks.2.hook_resid_post"
 
-Turn = Callable[[], tuple[float, float, float]]
-"""One turn of a side: rows, bytes of the store that they are, seconds."""
+Turn = Callable[[], tuple[float, float, float, float]]
+"""One turn of a side: rows, bytes of the store that they are, seconds, processor seconds of this process."""
 
 
 def write(url: str | Path, rows: int, codec: Codec) -> Store:
@@ -70,10 +76,9 @@ def turns_of(sides: dict[str, Turn], turns: int) -> dict[str, dict[str, float]]:
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in sides}
     for turn in range(turns + 1):
         for name, side in sides.items():
-            cpu = time.process_time()
-            rows, size, seconds = side()
+            rows, size, seconds, cpu = side()
             if turn:
-                found[name].append((rows / seconds, size / seconds / 1e9, (time.process_time() - cpu) / size * 1e9))
+                found[name].append((rows / seconds, size / seconds / 1e9, cpu / size * 1e9))
     result = {}
     for name, values in found.items():
         rows, speed, cpu = (list(one) for one in zip(*values, strict=True))
@@ -83,44 +88,53 @@ def turns_of(sides: dict[str, Turn], turns: int) -> dict[str, dict[str, float]]:
     return result
 
 
-def plain(store: Store, folder: Path, fresh: bool = False) -> Turn:
-    """Every file from its beginning to its end, in their order, into memory for all of them that is there already.
+def plain(store: Store, folder: Path, into: str) -> Turn:
+    """Every file from its beginning to its end, in their order.
 
-    The strictest of plain reads. fresh: new memory for each file, as `Path.read_bytes()` takes; its pages come zeroed.
+    into: "memory" for all of them that is there already; "new memory" for each file, as `Path.read_bytes()` takes it;
+    or "a small buffer" of 1 MiB, the same for every read.
     """
     files = [folder / store.manifest.file_name("site", shard) for shard in range(len(store.shard_rows))]
     sizes = [file.stat().st_size for file in files]
-    buffer = memoryview(np.ones(1 if fresh else sum(sizes), np.uint8)).cast("B")  # type: ignore[arg-type]
+    n_bytes = {"memory": sum(sizes), "new memory": 1, "a small buffer": 2**20}[into]
+    buffer = memoryview(np.ones(n_bytes, np.uint8)).cast("B")  # type: ignore[arg-type]
 
-    def turn() -> tuple[float, float, float]:
-        began, done = time.perf_counter(), 0
+    def turn() -> tuple[float, float, float, float]:
+        began, cpu, done = time.perf_counter(), time.process_time(), 0
         for file, size in zip(files, sizes, strict=True):
             with file.open("rb", buffering=0) as opened:
-                if fresh:
+                if into == "memory":
+                    assert opened.readinto(buffer[done : done + size]) == size
+                elif into == "new memory":
                     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as new:
                         assert opened.readinto(new) == size
                 else:
-                    assert opened.readinto(buffer[done : done + size]) == size
+                    while opened.readinto(buffer):
+                        pass
             done += size
-        size = done
-        return store.rows, size, time.perf_counter() - began
+        return store.rows, done, time.perf_counter() - began, time.process_time() - cpu
 
     return turn
 
 
-def batches(stream: StoreStream, per_turn: int) -> Turn:
-    """Shuffled batches, turn after turn where the last one ended."""
+def batches(stream: StoreStream, per_turn: int, first: bool = False) -> Turn:
+    """Shuffled batches, turn after turn where the last one ended. first: as if no row had been checked before."""
     position = 0
     row_bytes = WIDTH * stream.stores[0].dtype.itemsize
 
-    def turn() -> tuple[float, float, float]:
+    def turn() -> tuple[float, float, float, float]:
         nonlocal position
-        began = time.perf_counter()
+        for file in stream.stores[0]._files.values() if first else ():
+            file.seen[:] = False
+        before, began, cpu = stream.bytes_read, time.perf_counter(), time.process_time()
         for step in range(position, position + per_turn):
             stream.batch(step)
+        seconds, size = time.perf_counter() - began, stream.bytes_read - before
+        cpu = time.process_time() - cpu
         position += per_turn
-        rows = per_turn * BATCH
-        return rows, rows * row_bytes, time.perf_counter() - began
+        for block in stream._reader._held:  # what is read ahead is nobody else's load
+            block.done.wait()
+        return size / row_bytes, size, seconds, cpu
 
     return turn
 
@@ -133,12 +147,12 @@ class Rival:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts = json.loads(self._line())
 
-    def turn(self, n_batches: int = 8) -> tuple[float, float, float]:
+    def turn(self, n_batches: int = 8) -> tuple[float, float, float, float]:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{n_batches}\n")
         self.process.stdin.flush()
         rows = n_batches * BATCH
-        return rows, rows * WIDTH * 4, float(json.loads(self._line()))
+        return rows, rows * WIDTH * 4, float(json.loads(self._line())), 0.0
 
     def close(self) -> None:
         self.process.communicate()
@@ -161,12 +175,15 @@ def local(folder: Path, rows: int, turns: int, rival_python: str | None) -> dict
         sides: dict[str, Turn] = {}
         streams = {}
         for codec, store in stores.items():
-            sides[f"plain reads, {codec}"] = plain(store, folder / codec)
-            sides[f"plain reads into new memory, {codec}"] = plain(store, folder / codec, fresh=True)
+            for into in ("memory", "new memory", "a small buffer"):
+                sides[f"plain reads into {into}, {codec}"] = plain(store, folder / codec, into)
             for dtype in (torch.float32, torch.bfloat16):
                 name = f"StoreStream, {codec} to {str(dtype).removeprefix('torch.')}"
                 streams[name] = StoreStream(store, batch_size=BATCH, dtype=dtype)
-                sides[name] = batches(streams[name], 64)
+                sides[name] = batches(streams[name], rows // BATCH)
+            name = f"StoreStream, {codec} to bfloat16, first pass"
+            streams[name] = StoreStream(folder / codec, batch_size=BATCH, dtype=torch.bfloat16)
+            sides[name] = batches(streams[name], rows // BATCH, first=True)
         rival = Rival(rival_python, folder / "bf16", folder / f"arrow-{threads}", 2) if rival_python else None
         if rival:
             sides["SAELens, cached activations, float32"] = rival.turn
@@ -224,10 +241,10 @@ def raw_ranges(store: Store, piece: int, threads: ThreadPoolExecutor) -> Turn:
         name, start, length, place = job
         buffer[place : place + length] = memoryview(obstore.get_range(client, name, start=start, length=length))
 
-    def turn() -> tuple[float, float, float]:
-        began = time.perf_counter()
+    def turn() -> tuple[float, float, float, float]:
+        began, cpu = time.perf_counter(), time.process_time()
         list(threads.map(get, jobs))
-        return store.rows, total, time.perf_counter() - began
+        return store.rows, total, time.perf_counter() - began, time.process_time() - cpu
 
     return turn
 
@@ -237,8 +254,11 @@ def remote(folder: Path, rows: int, turns: int) -> dict[str, Any]:
         with s3_server(folder) as url, ThreadPoolExecutor(8) as threads:
             store = write(f"{url}/run", rows, "bf16")
             sides = {f"raw GETs of {n} MiB, 8 at a time": raw_ranges(store, n * 2**20, threads) for n in (1, 8)}
-            with StoreStream(store, batch_size=BATCH, readers=8) as stream:
-                sides["StoreStream, 8 readers"] = batches(stream, rows // BATCH)
+            with ExitStack() as streams:
+                for dtype in (torch.bfloat16, torch.float32):
+                    stream = streams.enter_context(StoreStream(store, batch_size=BATCH, dtype=dtype))
+                    name = f"StoreStream, 16 readers, to {str(dtype).removeprefix('torch.')}"
+                    sides[name] = batches(stream, rows // BATCH)
                 print("S3 (s3rver on this machine)", flush=True)
                 return turns_of(sides, turns)
     except (RuntimeError, subprocess.TimeoutExpired) as reason:
@@ -294,7 +314,7 @@ def report(record: dict[str, Any]) -> list[str]:
         f"{facts['date'][:10]}, torch {facts['versions']['torch']}, {os.cpu_count()} cores, load average before and "
         f"after {record['load'][0]:.1f} and {record['load'][1]:.1f}; {rows:,} rows of width {WIDTH}, batches of "
         f"{BATCH}, medians of {record['turns']} turns, page cache warm. GB are of the store's files; processor seconds "
-        "are of all threads of the process.",
+        f"are of all threads of the process. {record['note']}".rstrip(),
     ]
     for threads, found in record["local"].items():
         if threads == "rival":
@@ -305,7 +325,7 @@ def report(record: dict[str, Any]) -> list[str]:
         lines += ["|---|---|---|---|---|---|---|"]
         for name, one in found.items():
             codec = "int8" if "int8" in name else "bf16"
-            base = found[f"plain reads, {codec}"]
+            base = found[f"plain reads into memory, {codec}"]
             share = "" if name.startswith("SAELens") else f"{one['GB_per_s'] / base['GB_per_s']:.0%}"
             times = f"{one['rows_per_s'] / rival['rows_per_s']:.1f}" if rival and "Store" in name else ""
             cpu = "" if name.startswith("SAELens") else f"{one['cpu_s_per_GB']:.3f}"
@@ -345,9 +365,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--quality-steps", type=int, default=1000)
     parser.add_argument("--rival-python", help="a Python that has sae_lens; without it SAELens is left out")
+    parser.add_argument("--note", default="", help="a sentence for the report: how the machine was kept quiet")
     flags = parser.parse_args()
     keep_freed_memory()  # as the trainer does
     record: dict[str, Any] = {"provenance": provenance(), "rows": flags.rows, "turns": flags.turns}
+    record["note"] = flags.note
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="stores-") as name:
         folder = Path(name)

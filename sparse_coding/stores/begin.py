@@ -10,6 +10,7 @@ from typing import Any
 from sparse_coding.errors import UserError
 from sparse_coding.stores.codec import ITEMSIZE, Affine8, Codec
 from sparse_coding.stores.manifest import (
+    LEASE,
     MANIFEST,
     TOKEN_DTYPES,
     Manifest,
@@ -18,11 +19,14 @@ from sparse_coding.stores.manifest import (
     found_manifest,
 )
 from sparse_coding.stores.objects import Objects
+from sparse_coding.stores.sums import chunk_rows
 
 
 def rows_per_shard(widths: Mapping[str, int], codec: Codec, megabytes: float = 64.0) -> int:
-    """Rows whose widest site fills a file of about `megabytes` (2^20 bytes)."""
-    return max(1, int(megabytes * 2**20) // (max(widths.values()) * ITEMSIZE[codec]))
+    """Rows whose widest site fills a file of about `megabytes` (2^20 bytes); whole chunks of the order, if any fits."""
+    widest = max(widths.values())
+    rows, chunk = max(1, int(megabytes * 2**20) // (widest * ITEMSIZE[codec])), chunk_rows(widest)
+    return rows // chunk * chunk or rows
 
 
 def asked_manifest(
@@ -58,7 +62,7 @@ def begun(objects: Objects, asked: Manifest) -> Manifest:
     """
     found, url = found_manifest(objects), objects.url
     if found is None:
-        if other := next(iter(objects.names()), None):
+        if other := next((name for name in objects.names() if name != LEASE), None):
             raise UserError(f"{url} holds other files ({other}) and no store: name a new folder or prefix")
         objects.put(MANIFEST, asked.to_json().encode())
         return asked

@@ -1,8 +1,7 @@
-"""Blocks of rows read by threads, each row straight to its place in the order it is served in."""
+"""Blocks of rows read by threads, each row to its place in the order it is served in."""
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
@@ -15,38 +14,34 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sparse_coding.errors import UserError
-from sparse_coding.stores.objects import FolderObjects
+from sparse_coding.stores.block_memory import BlockMemory
+from sparse_coding.stores.objects import PIECE
 from sparse_coding.stores.order import Epoch, Order, Pieces
-from sparse_coding.stores.scattered import memory, read_rows, scatter
+from sparse_coding.stores.ranges import FileRows, scatter
 from sparse_coding.stores.store import Damaged, Store
 
-PIECES_PER_JOB = 8
-"""Pieces of one local file that a thread reads with the file opened once."""
-RANGE_BYTES = 4 * 2**20
+RANGE_BYTES = PIECE
 """Pieces that are neighbours in a file are read together up to so many bytes."""
-
-
-def rows_place(store: Store, site: str, shard: int) -> tuple[str, int]:
-    """(file, byte) where the rows of a shard begin; size and header are checked once. Raises `Damaged`."""
-    name = store._checked(site, shard)
-    return name, store._starts[name]["rows"]
+PATIENCE = 2.0
+"""Seconds that threads have to end."""
+LENIENCE = 8
+"""Batches that the next block waits for tensors that were served from its memory; then it gets new memory."""
 
 
 class Block:
     """Rows of every site, in the order they are served in; whole once `done` is set without an `error`."""
 
-    def __init__(self, epoch: Epoch, index: int, buffers: dict[str, Tensor]):
+    def __init__(self, epoch: Epoch, index: int, memory: BlockMemory):
         self.key = epoch.number, index
         self.pieces = epoch.block(index)
         self.n_rows = int(self.pieces.rows.sum())
-        self.buffers = buffers
-        self.rows = {site: buffer[: self.n_rows] for site, buffer in buffers.items()}
+        self.memory = memory
+        self.rows: dict[str, Tensor] = memory.lend(self.n_rows)
+        self._versions = {site: x._version for site, x in self.rows.items()}
         self.places: Int[np.ndarray, " n_rows"] = np.empty(0, np.int64)
         """Where each row is served, the rows counted in the order of `pieces`."""
         self.done, self.cancelled = threading.Event(), False
         self.error: BaseException | None = None
-        self.last_use: torch.Event | None = None
-        """After it the device no longer reads the buffers."""
         self._left, self._lock = 1, threading.Lock()
 
     def expect(self, jobs: int) -> None:
@@ -62,6 +57,11 @@ class Block:
             if not self._left:
                 self.done.set()
 
+    @property
+    def written_to(self) -> bool:
+        """Whether torch has changed rows through a tensor that was served: they are no longer those of the store."""
+        return any(x._version != self._versions[site] for site, x in self.rows.items())
+
     def origin(self, row: int) -> tuple[int, int, int]:
         """(store, shard, row of the shard) of a row of the block."""
         at = int(np.flatnonzero(self.places == row)[0])
@@ -75,12 +75,8 @@ class Block:
         )
 
 
-PATIENCE = 2.0
-"""Seconds that threads have to end."""
-
-
 class BlockReader:
-    """At most two blocks in memory: the one that is served and the next."""
+    """At most two blocks in memory, the one that is served and the next, besides what the tensors served hold on to."""
 
     def __init__(
         self, stores: Sequence[Store], order: Order, buffers: Mapping[str, tuple[int, torch.dtype]], *,
@@ -92,6 +88,10 @@ class BlockReader:
         """Time spent waiting for rows; bytes that came from files."""
         self._shapes = dict(buffers)
         self._held: list[Block] = []  # the one used last is last
+        self.written_to = False
+        """Whether rows of a block were changed through a batch: from then on batches must be copies."""
+        self._memories: list[BlockMemory] = []
+        self._refused = 0
         self._jobs: SimpleQueue[tuple[Block, Callable[[], None]] | None] = SimpleQueue()
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -109,7 +109,14 @@ class BlockReader:
         """A block, read now unless it is there or on its way. Raises what reading it raised."""
         if not self.close.alive:
             raise RuntimeError("the stream is closed")
-        found = self._find(epoch, index) or self._start(epoch, index, urgent=True)
+        if found := self._find(epoch, index):
+            self._held.remove(found)
+            self._held.append(found)
+            if not found.done.is_set() and self.order.n_blocks > 1:
+                self.ahead(epoch, index)  # its first rows follow the last ones of this block without a gap
+        else:
+            found = self._start(epoch, index, urgent=True)
+            assert found
         if not found.done.is_set():
             began = time.perf_counter()
             try:
@@ -117,56 +124,68 @@ class BlockReader:
             finally:
                 self.seconds_waiting += time.perf_counter() - began
         if found.error is not None:
-            self._held.remove(found)  # asked for again, it is read again
+            if found in self._held:  # asked for again, it is read again
+                self._retire(found)
             raise found.error
         self._held.remove(found)
         self._held.append(found)
         return found
 
     def ahead(self, epoch: Epoch, index: int) -> None:
-        """Begin to read a block in the place of the one that is not in use."""
-        if not self._find(epoch, index):
-            self._start(epoch, index, urgent=False)
+        """Begin to read the block after this one, in the place of the one that is not in use."""
+        following = self.order.after(epoch, index)
+        if not self._find(*following):
+            self._start(*following, urgent=False)
 
     def _find(self, epoch: Epoch, index: int) -> Block | None:
         """A block that is there, on its way, or failed; not one that was given up."""
+        for block in self._held:
+            if block.error is None and block.written_to:
+                self.written_to = block.cancelled = True
         held = [block for block in self._held if block.error or not block.cancelled]
         return next((block for block in held if block.key == (epoch.number, index)), None)
 
-    def _start(self, epoch: Epoch, index: int, urgent: bool) -> Block:
-        free = []
+    def _start(self, epoch: Epoch, index: int, urgent: bool) -> Block | None:
+        """Begin to read a block; None where it is not urgent and the memory for it is still lent."""
         for old in [block for block in self._held if block.cancelled or (urgent and not block.done.is_set())]:
-            free.append(self._retire(old))
-        if len(self._held) + len(free) > 1 and not free:
-            free.append(self._retire(self._held[0]))
-        buffers, last_use = free[0] if free else (self._allocate(), None)
-        block = Block(epoch, index, buffers)
-        whole = [old for old in self._held if old.done.is_set() and not old.error]
+            self._retire(old)
+        if len(self._held) > 1:
+            self._retire(self._held[0])
+        if (memory := self._memory(urgent)) is None:
+            return None
+        block = Block(epoch, index, memory)
+        whole = [old for old in self._held if old.done.is_set() and not old.error and not old.cancelled]
         same = next((old for old in whole if old.pieces == block.pieces), None)
         self._held.insert(0, block)
-        self._jobs.put((block, lambda: self._plan(block, same, last_use)))
+        self._jobs.put((block, lambda: self._plan(block, same)))
         return block
 
-    def _retire(self, block: Block) -> tuple[dict[str, Tensor], torch.Event | None]:
-        """Take a block's memory once nothing writes to it any more."""
+    def _retire(self, block: Block) -> None:
+        """Give a block up once nothing writes to it any more."""
         block.cancelled = True
         block.done.wait()
         self._held.remove(block)
-        return block.buffers, block.last_use
+        block.rows = {}
 
-    def _allocate(self) -> dict[str, Tensor]:
-        n, found = self.order.block_rows, {}
-        for site, (width, dtype) in self._shapes.items():
-            if self.pinned:
-                found[site] = torch.empty(n, width, dtype=dtype, pin_memory=True)
-            else:
-                found[site] = torch.from_numpy(memory(n * width * dtype.itemsize)).view(dtype).view(n, width)
+    def _memory(self, urgent: bool) -> BlockMemory | None:
+        """Memory that no block and no tensor uses, new memory where there is none and it cannot be waited for."""
+        idle = [one for one in self._memories if all(one is not block.memory for block in self._held)]
+        found = next((one for one in idle if one.free), None)
+        if found is None and idle and not urgent and self._refused < LENIENCE:
+            self._refused += 1
+            return None
+        self._refused = 0
+        if found is None:
+            for one in idle:  # it goes with the tensors that hold on to it
+                self._memories.remove(one)
+            found = BlockMemory(self.order.block_rows, self._shapes, self.pinned)
+            self._memories.append(found)
         return found
 
-    def _plan(self, block: Block, same: Block | None, last_use: torch.Event | None) -> None:
+    def _plan(self, block: Block, same: Block | None) -> None:
         """Draw the order of a block's rows and cut the work into jobs."""
-        if last_use is not None:
-            last_use.synchronize()
+        if block.memory.last_use is not None:
+            block.memory.last_use.synchronize()
         block.places = self.order.places(*block.key, block.n_rows)
         jobs: list[Callable[[], None]] = []
         if same is not None:  # all rows fit into one block: they are there already, in the order of the last epoch
@@ -174,54 +193,35 @@ class BlockReader:
         else:
             widest = max(rows.shape[1] * rows.element_size() for rows in block.rows.values())
             pieces = block.pieces.merged(RANGE_BYTES // widest)
-            ends = np.cumsum(pieces.rows)
-            for run in self._runs(pieces):
-                jobs += [
-                    lambda site=site, run=run: self._read(block, site, pieces[run], ends[run]) for site in block.rows
-                ]
+            for index in np.argsort(-pieces.rows, kind="stable").tolist():  # so all threads end at about one time
+                piece = pieces[index : index + 1], int(pieces.rows[:index].sum())
+                jobs += [lambda site=site, piece=piece: self._read(block, site, *piece) for site in block.rows]
         block.expect(len(jobs))
         for job in jobs:
             self._jobs.put((block, job))
-
-    def _runs(self, pieces: Pieces) -> list[slice]:
-        """Pieces that one job reads: a few of one local file, one of a remote one."""
-        runs, first = [], 0
-        for at in range(1, len(pieces) + 1):
-            local = isinstance(self.stores[int(pieces.store[first])].objects, FolderObjects)
-            full = at == len(pieces) or at - first == (PIECES_PER_JOB if local else 1)
-            if full or pieces.store[at] != pieces.store[first] or pieces.shard[at] != pieces.shard[first]:
-                runs.append(slice(first, at))
-                first = at
-        return runs
 
     def _reorder(self, block: Block, same: Block, site: str) -> None:
         source = np.empty_like(block.places)
         source[block.places] = same.places
         torch.index_select(same.rows[site], 0, torch.from_numpy(source), out=block.rows[site])
 
-    def _read(self, block: Block, site: str, pieces: Pieces, ends: np.ndarray) -> None:
-        store, shard = self.stores[int(pieces.store[0])], int(pieces.shard[0])
-        rows, row_bytes = block.rows[site], store.widths[site] * store.dtype.itemsize
-        target, as_stored = rows.view(torch.uint8).numpy(), rows.dtype == store.dtype
-        name, data = rows_place(store, site, shard)
-        folder = store.objects.folder if isinstance(store.objects, FolderObjects) else None
-        file = os.open(folder / name, os.O_RDONLY) if folder and as_stored else None
-        try:
-            for start, n, end in zip(pieces.start.tolist(), pieces.rows.tolist(), ends.tolist(), strict=True):
+    def _read(self, block: Block, site: str, piece: Pieces, place: int) -> None:
+        """Read a piece, whose first row is row `place` of the block as `Block.places` counts them."""
+        store, dtype = self.stores[int(piece.store[0])], self._shapes[site][1]
+        start, n = int(piece.start[0]), int(piece.rows[0])
+        target = block.rows[site].view(torch.uint8).numpy()
+        with FileRows(store, site, int(piece.shard[0])) as file:
+            placed = dtype == store.dtype and file.scattered(start, target, block.places[place : place + n])
+            for first, rows in () if placed else file.read(start, start + n):
                 if block.cancelled:
                     return
-                places = block.places[end - n : end]
-                if file is None:
-                    x = store.read_rows(site, shard, start, n)
-                    x = x if as_stored else store.decode(site, x, rows.dtype)
-                    scatter(x.view(torch.uint8).numpy(), target, places)
-                elif read_rows(file, data + start * row_bytes, target, places) < n * row_bytes:
-                    raise Damaged(f"{store.url}/{name} is truncated: it ends before the end of row {start + n}", name)
-                with self._lock:
-                    self.bytes_read += n * row_bytes
-        finally:
-            if file is not None:
-                os.close(file)
+                if dtype != store.dtype:
+                    stored = torch.from_numpy(rows.copy()).view(store.dtype)
+                    rows = store.decode(site, stored, dtype).view(torch.uint8).numpy()
+                at = place + first - start
+                scatter(rows, target, block.places[at : at + len(rows)])
+        with self._lock:
+            self.bytes_read += n * file.row_bytes
 
 
 def _work(jobs: SimpleQueue, stop: threading.Event) -> None:
@@ -231,6 +231,8 @@ def _work(jobs: SimpleQueue, stop: threading.Event) -> None:
         try:
             if not block.cancelled and not stop.is_set():
                 action()
+        except Damaged as damaged:
+            error = Damaged(f"{damaged}; or leave its shard out with --skip-damaged", damaged.name)
         except FileNotFoundError as missing:
             error = UserError(f"{missing.filename} is missing: it has gone since the stream began")
         except OSError as refused:

@@ -1,6 +1,6 @@
 """How rows are written: fp32, bf16, fp16, or int8 centred and scaled per channel.
 
-int8: q = round((x - mean) / scale) within +-127, so a channel's values within `mean` +- 127 `scale` get a noise of
+int8: q = round((x - centre) / scale) within +-127, so a channel's values within `centre` +- 127 `scale` get a noise of
 variance scale^2 / 12 and those beyond are clipped. `calibrate` weighs one against the other per channel.
 """
 
@@ -27,13 +27,13 @@ ITEMSIZE: dict[Codec, int] = {codec: dtype.itemsize for codec, dtype in DTYPES.i
 
 
 class Affine8(NamedTuple):
-    """What int8 needs to be decoded: x = q * scale + mean, where `mean` is the middle of the range."""
+    """What int8 needs to be decoded: x = q * scale + centre, the middle of the range. A manifest calls it `mean`."""
 
-    mean: Float[Tensor, " d"]
+    centre: Float[Tensor, " d"]
     scale: Float[Tensor, " d"]
 
     def to(self, device: torch.device | str) -> Affine8:
-        return Affine8(self.mean.to(device), self.scale.to(device))
+        return Affine8(self.centre.to(device), self.scale.to(device))
 
 
 def checked_codec(name: str) -> Codec:
@@ -51,7 +51,7 @@ def encode(x: Float[Tensor, "n d"], codec: Codec, affine: Affine8 | None = None)
     """
     if codec == "int8":
         assert affine is not None
-        return ((x.float() - affine.mean) / affine.scale).round_().clamp_(-127, 127).to(torch.int8)
+        return ((x.float() - affine.centre) / affine.scale).round_().clamp_(-127, 127).to(torch.int8)
     stored = x.to(DTYPES[codec])
     if codec == "fp16" and x.dtype != torch.float16 and not torch.isfinite(stored.sum(dtype=torch.float32)):
         largest = x.abs().max().item()
@@ -64,7 +64,7 @@ def decode(stored: Tensor, affine: Affine8 | None = None, dtype: torch.dtype = t
     """Stored rows as numbers of `dtype`, on their own device; int8 needs `affine` on that device."""
     if stored.dtype == torch.int8:
         assert affine is not None
-        return torch.addcmul(affine.mean, stored.float(), affine.scale).to(dtype)
+        return torch.addcmul(affine.centre, stored.float(), affine.scale).to(dtype)
     return stored.to(dtype)
 
 
@@ -75,7 +75,7 @@ MARGIN = 0.05
 
 
 def calibrate(x: Float[Tensor, "n d"]) -> Affine8:
-    """int8's mean and scale per channel with the least squared error on these rows, float32.
+    """int8's centre and scale per channel with the least squared error on these rows, float32.
 
     A few ranges are tried, mean +- r sigma within the values seen, and the best is kept: 4 sigma for a normal channel,
     more where rare values are large, whose clipping costs more than a coarser step (at the hidden layer of an MLP

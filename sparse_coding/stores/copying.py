@@ -11,6 +11,7 @@ from sparse_coding.errors import UserError
 from sparse_coding.progress import Progress
 from sparse_coding.stores.begin import begun
 from sparse_coding.stores.codec import Codec
+from sparse_coding.stores.lease import only_writer
 from sparse_coding.stores.manifest import MANIFEST, Manifest, ShardInfo, Source
 from sparse_coding.stores.objects import Objects, open_objects
 from sparse_coding.stores.running import Running
@@ -28,21 +29,25 @@ def copied(store: Store, target: str, codec: Codec | None = None) -> Manifest:
 
     Raises `UserError`: `Damaged` for a source file that is not what it was, and what `StoreWriter` raises of a target.
     """
+    objects = open_objects(target)
     if codec is None or codec == store.codec:
         files = [(store, shard) for shard in range(len(store.shard_rows))]
-        return _copy_files(files, store.manifest, open_objects(target))
+        return _copy_files(files, store.manifest, objects)
     manifest = store.manifest
-    with StoreWriter(
-        target,
-        store.widths,
-        manifest.source,
-        codec=codec,
-        shard_rows=manifest.shard_rows,
-        modules={name: site.module for name, site in manifest.sites.items()},
-        tokens=manifest.tokens,
-        versions=manifest.versions,
-        run=manifest.run,
-    ) as writer:
+    with (
+        only_writer(objects),
+        StoreWriter(
+            objects,
+            store.widths,
+            manifest.source,
+            codec=codec,
+            shard_rows=manifest.shard_rows,
+            modules={name: site.module for name, site in manifest.sites.items()},
+            tokens=manifest.tokens,
+            versions=manifest.versions,
+            run=manifest.run,
+        ) as writer,
+    ):
         skip = writer.rows
         with Progress("copying", store.rows, "rows", start=skip) as progress:
             for shard, rows in enumerate(store.shard_rows):
@@ -103,6 +108,11 @@ def _renamed(store: Store, shard: int, index: int) -> ShardInfo:
 
 def _copy_files(files: Sequence[tuple[Store, int]], plan: Manifest, target: Objects) -> Manifest:
     """Copy shard i of `plan` from shard `files[i]`; the manifest follows the shards, and is `plan` at the end."""
+    with only_writer(target):
+        return _copy_files_alone(files, plan, target)
+
+
+def _copy_files_alone(files: Sequence[tuple[Store, int]], plan: Manifest, target: Objects) -> Manifest:
     found = begun(target, replace(plan, shards=(), statistics={}, complete=False))
     done = len(found.shards)
     if found.shards != plan.shards[:done]:

@@ -18,9 +18,13 @@ from sparse_coding.errors import UserError
 from sparse_coding.stores.codec import CODECS, Codec
 from sparse_coding.stores.objects import ObjectMissing, Objects, checked_name
 from sparse_coding.stores.shard_file import LARGEST_HEADER, Damaged, Expected, tensor_bytes
+from sparse_coding.stores.sums import DIGITS
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+LEASE = "writer.json"
+"""On S3, beside the manifest: who writes (lease.py)."""
+FORMAT = 2
+"""Format 1 has no sums of headers and rows; it is read as well."""
 LARGEST_MANIFEST = 256 << 20
 TOKEN_DTYPES: dict[str, tuple[str, ...]] = {"token": ("I32", "U16"), "context": ("I64",), "position": ("I32",)}
 """Columns that can be kept beside the rows, and their safetensors dtypes."""
@@ -68,6 +72,8 @@ class Statistics:
 class FileInfo:
     bytes: int
     sha256: str
+    header: str | None = None
+    """XXH3 of its first bytes up to the tensors, which hold the sums of the rows; None in format 1."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,10 @@ class Manifest:
     def file_name(self, site: str | None, shard: int) -> str:
         """Of a site's rows, or with None of the tokens."""
         return file_name("tokens" if site is None else self.sites[site].folder, shard)
+
+    @property
+    def widest(self) -> int:
+        return max(site.width for site in self.sites.values())
 
     def expected(self, site: str | None, rows: int) -> Expected:
         """The tensors of such a file with `rows` rows."""
@@ -158,8 +168,8 @@ def from_json(text: bytes | str) -> Manifest:
     except (ValueError, RecursionError):
         raise UserError("it is no JSON") from None
     top = _mapping(data, "it")
-    if type(top.get("format")) is not int or top["format"] != FORMAT:
-        raise UserError(f"format is {str(top.get('format'))[:20]}, this version reads {FORMAT}")
+    if type(top.get("format")) is not int or not 1 <= top["format"] <= FORMAT:
+        raise UserError(f"format is {str(top.get('format'))[:20]}, this version reads 1 to {FORMAT}")
     codec = top.get("codec")
     if codec not in CODECS:
         raise UserError(f"codec is {str(codec)[:20]!r}, allowed are {', '.join(CODECS)}")
@@ -236,7 +246,12 @@ def _shard(manifest: Manifest, index: int, data: Any) -> ShardInfo:
             raise UserError(f"{name}: bytes is {size}, {rows} rows need {data_bytes} and a header")
         if not re.fullmatch(r"[0-9a-f]{64}", sha256):
             raise UserError(f"{name}: sha256 must be 64 hexadecimal digits")
-        files[name] = FileInfo(size, sha256)
+        head = info.get("header")
+        if head is not None and not re.fullmatch(rf"[0-9a-f]{{{DIGITS}}}", _of(head, str, f"{name}: header")):
+            raise UserError(f"{name}: header must be {DIGITS} hexadecimal digits")
+        if unknown := set(info) - {"bytes", "sha256", "header"}:
+            raise UserError(f"{name} has {min(unknown)[:40]!r}, which this version does not know")
+        files[name] = FileInfo(size, sha256, head)
     return ShardInfo(rows, files)
 
 

@@ -61,7 +61,7 @@ class Objects(Protocol):
     # ---- said once for all kinds
 
     def get_range(self, name: str, start: int, length: int) -> memoryview:
-        """Bytes [start, start + length) of an object, writable. The caller has checked `length` against its size."""
+        """Bytes [start, start + length) of an object, maybe read-only; the caller has checked `length`."""
         out = np.empty(length, dtype=np.uint8).data
         self.read_into(name, start, out)
         return out

@@ -92,19 +92,46 @@ class S3Objects(Objects):
             name,
         )
 
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Write a small object where there is none of that name; False where there is one.
+
+        A service that ignores the condition writes over it and True comes back.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        path = checked_name(name)
+
+        def put() -> bool:
+            try:
+                obstore.put(self._store, path, data, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                return False
+            return True
+
+        return self._tried(put, "write", name)
+
     def read_into(self, name: str, start: int, out: memoryview) -> None:
+        for begin in range(0, len(out), PIECE):
+            piece = out[begin : begin + PIECE]
+            piece[:] = self._piece(name, start + begin, len(piece))
+
+    def get_range(self, name: str, start: int, length: int) -> memoryview:
+        """As it came, without a copy, where it is no more than one piece."""
+        return self._piece(name, start, length) if length <= PIECE else super().get_range(name, start, length)
+
+    def _piece(self, name: str, start: int, length: int) -> memoryview:
         import obstore
 
         path = checked_name(name)
 
-        def read(first: int, piece: memoryview) -> None:
-            got = memoryview(obstore.get_range(self._store, path, start=first, length=len(piece)))
-            if len(got) < len(piece):
-                raise _Short(first + len(got))
-            piece[:] = got
+        def read() -> memoryview:
+            got = memoryview(obstore.get_range(self._store, path, start=start, length=length))
+            if len(got) < length:
+                raise _Short(start + len(got))
+            return got
 
-        for begin in range(0, len(out), PIECE):
-            self._tried(lambda begin=begin: read(start + begin, out[begin : begin + PIECE]), "read", name)
+        return self._tried(read, "read", name)
 
     def size(self, name: str) -> int:
         import obstore

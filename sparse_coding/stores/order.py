@@ -1,10 +1,10 @@
 """In which order the rows of stores are served: a pure function of (seed, position), known without reading a row.
 
-Every store is cut into equal chunks of about 1 MiB of one site, whatever its shards. An epoch is a sequence of pieces
-(chunks, or parts of one): those of each store in a random order, the stores dealt evenly among each other. Consecutive
-pieces make blocks of about `buffer_rows` rows, and the rows of a block are permuted as a whole. So a batch holds rows
-from all over the stores, and reading stays in long runs. Blocks end to end, epoch after epoch, are one endless sequence
-of rows.
+Every store is cut into equal chunks of about 8 MiB of its widest site, whatever its shards. An epoch is a sequence of
+pieces (chunks, or parts of one): those of each store in a random order, the stores dealt evenly among each other.
+Consecutive pieces make blocks of about `buffer_rows` rows, and the rows of a block are permuted as a whole. So a
+batch holds rows from all over the stores, and reading stays in long runs. Blocks end to end, epoch after epoch, are
+one endless sequence of rows.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import torch
 from jaxtyping import Int
 
 from sparse_coding.activations.stream import keyed_generator
+from sparse_coding.stores.sums import chunk_rows, group_rows
 
-CHUNK_BYTES = 2**20
-"""What a chunk holds at two bytes a number. The codec changes bytes, never the order."""
-CHUNKS_PER_BLOCK = 128
-"""At least so many places of the stores are mixed in a block, where rows are narrow and 1 MiB would hold very many."""
+CHUNKS_PER_BLOCK = 24
+"""At least so many places of the stores are mixed in a block, where rows are narrow and 8 MiB would hold very many."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +130,16 @@ class Order:
         self.seed, self.shuffled = seed, shuffled
         self._chunks = []
         for store, (rows, width) in enumerate(zip(shard_rows, widths, strict=True)):
-            chunk_rows = max(1, min(CHUNK_BYTES // (2 * width), buffer_rows // CHUNKS_PER_BLOCK))
-            self._chunks.append(_chunks(store, sum(rows), chunk_rows))
+            most, group = max(1, min(chunk_rows(width), buffer_rows // CHUNKS_PER_BLOCK)), group_rows(width)
+            self._chunks.append(_chunks(store, sum(rows), most // group * group or most))
         self._shard_starts = [np.concatenate([[0], np.cumsum(rows, dtype=np.int64)]) for rows in shard_rows]
         self._rows = [int(chunks.rows.sum()) for chunks in self._chunks]
         self._share = [round(weight * rows) for weight, rows in zip(weights, self._rows, strict=True)]
         self.rows_per_epoch = sum(self._share)
-        self._n_blocks = max(1, -(-self.rows_per_epoch // buffer_rows))
+        self.n_blocks = max(1, -(-self.rows_per_epoch // buffer_rows))
+        """Of an epoch."""
         longest = max((int(chunks.rows.max(initial=0)) for chunks in self._chunks), default=0)
-        self.block_rows = min(-(-self.rows_per_epoch // self._n_blocks) + longest, self.rows_per_epoch)
+        self.block_rows = min(-(-self.rows_per_epoch // self.n_blocks) + longest, self.rows_per_epoch)
         """No block has more rows."""
         self._epochs: dict[int, Epoch] = {}
         self._lock = threading.Lock()
@@ -182,7 +182,7 @@ class Order:
             pieces = pieces[np.argsort(np.concatenate(spots), kind="stable")]
         before = np.concatenate([[0], np.cumsum(pieces.rows)])
         # Equal blocks rather than full ones and a small rest, whose rows would hardly be mixed.
-        aims = np.linspace(0, self.rows_per_epoch, self._n_blocks + 1)
+        aims = np.linspace(0, self.rows_per_epoch, self.n_blocks + 1)
         after = np.searchsorted(before, aims).clip(1, len(pieces))
         borders = np.where(aims - before[after - 1] < before[after] - aims, after - 1, after)
         borders[0], borders[-1] = 0, len(pieces)
@@ -209,7 +209,7 @@ class Order:
 
 
 def _chunks(store: int, rows: int, chunk_rows: int) -> Pieces:
-    """All chunks of a store in the order of the text; they differ by at most one row."""
+    """All chunks of a store in the order of the text, the last one as short as it must be."""
     count = -(-rows // chunk_rows)
-    borders = np.arange(count + 1) * rows // max(count, 1)
+    borders = (np.arange(count + 1) * chunk_rows).clip(max=rows)
     return Pieces(np.full(count, store), np.zeros(count, np.int64), borders[:-1], np.diff(borders))

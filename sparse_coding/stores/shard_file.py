@@ -1,21 +1,28 @@
 """One file of a store: safetensors, read by byte ranges and never trusted.
 
 A file is 8 bytes (length n of the header, little-endian), n bytes of JSON padded with spaces, and the tensors end to
-end. Ours have a header of fixed size, so a shard is one buffer that is filled as rows come and sent as it is.
+end. Ours have a header whose size depends on the rows of a full shard alone, so a shard is one buffer that is filled as
+rows come and sent as it is. The header holds the checksums of the rows.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from sparse_coding.errors import UserError
 from sparse_coding.stores.objects import Objects
+from sparse_coding.stores.sums import DIGITS, Sums, sum_of
 
-DATA_START = 1024
-"""Where the tensors begin in the files we write; a multiple of 64, so that they are aligned when mapped."""
-LARGEST_HEADER = 1 << 20
+ALIGNMENT = 1024
+"""The tensors begin at a multiple of it in the files we write, so that they are aligned when mapped."""
+FIRST_READ = 16 << 10
+"""Bytes that are read for a header at once; most are shorter."""
+LARGEST_HEADER = 16 << 20
 """Bytes; a file with a longer header is not one of ours."""
 ITEMSIZES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U16": 2, "I32": 4, "I64": 8}
 
@@ -39,27 +46,43 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return size
 
 
-def file_bytes(expected: Expected) -> int:
-    """Size of a file with these tensors as we write it."""
-    return DATA_START + sum(tensor_bytes(*one) for one in expected.values())
+@dataclass(frozen=True)
+class ShardFile:
+    """A file whose size and header were found to be right."""
+
+    name: str
+    starts: Mapping[str, int]
+    """The byte where each tensor begins."""
+    sums: Sums | None
+    """Of its rows; None for files of format 1 and of tokens."""
+    seen: np.ndarray
+    """Which groups of rows this process has found to be what was written."""
 
 
-def header(expected: Expected) -> bytes:
-    """The first `DATA_START` bytes of a file with these tensors."""
-    tensors: dict[str, Any] = {}
+def data_start(n_groups: int) -> int:
+    """Where the tensors begin in a file with so many sums as we write it."""
+    return -(-(512 + DIGITS * n_groups) // ALIGNMENT) * ALIGNMENT
+
+
+def header(expected: Expected, n_bytes: int, sums: Sums | None = None) -> bytes:
+    """The first `n_bytes` bytes of a file with these tensors."""
+    tensors: dict[str, Any] = {} if sums is None else {"__metadata__": sums.said()}
     start = 0
     for name, (dtype, shape) in expected.items():
         end = start + tensor_bytes(dtype, shape)
         tensors[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(tensors, separators=(",", ":")).encode()
-    assert len(text) <= DATA_START - 8
-    return (DATA_START - 8).to_bytes(8, "little") + text.ljust(DATA_START - 8)
+    assert len(text) <= n_bytes - 8
+    return (n_bytes - 8).to_bytes(8, "little") + text.ljust(n_bytes - 8)
 
 
-def data_starts(objects: Objects, name: str, size: int, expected: Expected) -> dict[str, int]:
-    """Where each expected tensor begins in a file of `size` bytes; checks the header against what must be in it.
+def read_header(
+    objects: Objects, name: str, size: int, expected: Expected, sum_: str | None, summed_rows: int = 0
+) -> ShardFile:
+    """A file of `size` bytes, its header checked against what must be in it.
 
+    sum_: of the header, as the manifest has it; None for format 1. summed_rows: rows whose sums it must hold then.
     Reads the header alone, and no more than `LARGEST_HEADER` of it whatever it claims. Raises `Damaged`.
     """
 
@@ -68,7 +91,7 @@ def data_starts(objects: Objects, name: str, size: int, expected: Expected) -> d
 
     if size < 8:
         raise damaged(f"it has {size} bytes, less than a header")
-    first = objects.get_range(name, 0, min(size, DATA_START))
+    first = objects.get_range(name, 0, min(size, FIRST_READ))
     length = int.from_bytes(first[:8], "little")
     if length > min(size - 8, LARGEST_HEADER):
         raise damaged(f"its header claims {length} bytes, and the file has {size}")
@@ -81,7 +104,9 @@ def data_starts(objects: Objects, name: str, size: int, expected: Expected) -> d
         raise damaged("its header is no JSON") from None
     if not isinstance(tensors, dict):
         raise damaged("its header is no JSON object")
-    tensors.pop("__metadata__", None)
+    if sum_ is not None and f"{sum_of(bytes(first[:8]) + text):0{DIGITS}x}" != sum_:
+        raise damaged("its header is not the one that was written")
+    metadata = tensors.pop("__metadata__", None)
     if set(tensors) != set(expected):
         raise damaged(f"it must hold the tensors {', '.join(expected)}")
     starts = {}
@@ -104,4 +129,8 @@ def data_starts(objects: Objects, name: str, size: int, expected: Expected) -> d
         position += n_bytes
     if position != size:
         raise damaged(f"it has {size} bytes, its tensors end at {position}")
-    return starts
+    try:
+        sums = Sums.read(metadata, summed_rows) if sum_ is not None and summed_rows else None
+    except ValueError as error:
+        raise damaged(str(error)) from None
+    return ShardFile(name, starts, sums, np.zeros(0 if sums is None else len(sums.values), bool))

@@ -1,7 +1,7 @@
 """Batches of rows from stores, shuffled across all of them, each a pure function of its position.
 
-order.py says in which order, block_reader.py brings the rows. While one block is served the next is read; a row
-is copied once on its way from the file into the block and once, decoded, into its batch.
+order.py says in which order, block_reader.py brings the rows. While one block is served the next is read. A batch that
+needs no decoding is a view of its block; else it is decoded from there.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.errors import UserError
-from sparse_coding.stores.block_reader import Block, BlockReader, rows_place
+from sparse_coding.progress import Progress
+from sparse_coding.stores.block_reader import Block, BlockReader
 from sparse_coding.stores.codec import Affine8, decode
 from sparse_coding.stores.objects import FolderObjects
 from sparse_coding.stores.order import Order
@@ -33,8 +35,13 @@ class StoreStream:
     Epochs follow each other without a gap, each in a new order. The order depends on seed, weights, `buffer_rows` and
     the rows of each store, not on shards, codec, sites chosen, or where the stores lie. Memory: two blocks of
     `buffer_rows` rows of every site as they are stored (pinned where the device is a GPU), and what is on its way from
-    S3, at most 4 MiB a reader. Batches asked for in order read each block once; any other step reads the one or two
+    S3, at most 8 MiB a reader. Batches asked for in order read each block once; any other step reads the one or two
     blocks it lies in. Rows that all fit into one block are read once altogether.
+
+    A batch is the caller's, also to write to with torch. On the CPU, in the dtype of the store, it is a view of its
+    block: kept, it keeps the whole block in memory, so clone what is to be kept for long. Rows are checked against the
+    sums that were written with them, those of local files the first time they are read in this process; files of format
+    1 are looked through for NaN and infinity.
     """
 
     def __init__(
@@ -56,9 +63,10 @@ class StoreStream:
         """sites: by default all of the first store. weights: how often each store's rows come per epoch. dtype: of the
         rows served. shuffled: False serves the rows in the order of the text, store after store.
 
-        Every file's size and header are checked at once, and its checksum with `verify`, which reads all of it. A
-        damaged one is an error, or `skip_damaged` leaves its shard out: `skipped` says which, and the order is another.
-        readers: threads, by default 2 for local stores and 16 where one is on S3. Raises UserError.
+        Every file's size and header are checked at once, and all of its rows with `verify`, which reads them. A damaged
+        one is an error, or `skip_damaged` leaves its shard out: `skipped` says which, and the order is another. Since
+        that order is fixed before the first batch, `skip_damaged` verifies. readers: threads, by default 2 for local
+        stores and 16 where one is on S3. Raises UserError.
         """
         given = [stores] if isinstance(stores, str | Path | Store) else list(stores)
         if not given:
@@ -71,7 +79,7 @@ class StoreStream:
         self.weights = self._checked_weights(weights, shuffled)
         self.skipped: list[str] = []
         """What is wrong with each shard left out."""
-        sound = [self._sound_rows(store, skip_damaged, verify) for store in self.stores]
+        sound = [self._sound_rows(store, skip_damaged, verify or skip_damaged) for store in self.stores]
         widest = [max(store.widths.values()) for store in self.stores]
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
@@ -95,7 +103,8 @@ class StoreStream:
             self.stores, self._order, buffers, threads=readers or (LOCAL_READERS if local else REMOTE_READERS),
             pinned=self.device.type == "cuda",
         )  # fmt: skip
-        self._sound_blocks: tuple[int, int] | None = None
+        self._summed = all(store.summed(self.sites) for store in self.stores)
+        self._finite_block: tuple[int, int] | None = None
         self._straddling: tuple[int, dict[str, list[Tensor]]] | None = None
         self.rows_served = 0
 
@@ -144,36 +153,37 @@ class StoreStream:
             for name in self.sites:
                 parts[name].append(self._rows(block, name, first, count))
             if self.device.type == "cuda":
-                block.last_use = torch.cuda.current_stream(self.device).record_event()
-            following, left, first = self._order.after(epoch, index), left - count, 0
+                block.memory.last_use = torch.cuda.current_stream(self.device).record_event()
+            left, first = left - count, 0
             if not left:
                 break
-            epoch, index = following
-        self._reader.ahead(*following)
+            epoch, index = self._order.after(epoch, index)
+        self._reader.ahead(epoch, index)
         if count < self.batch_size:
             self._straddling = step, parts
         return parts
 
     def _rows(self, block: Block, site: str, first: int, count: int) -> Float[Tensor, "count d_in"]:
-        """Rows of a block, decoded on the device; never a view of the block, whose memory is used again."""
+        """Rows of a block, decoded on the device; a view where nothing is to be done.
+
+        Not of a block that holds all rows and is never read again, not once a caller has written to a batch, and not
+        for a part of a batch: its block gives way to the next but one at once.
+        """
         stored = block.rows[site][first : first + count]
-        if self.device.type != "cpu":
-            self._check_block(block)
+        if not self._summed:
+            self._check_finite(block)
         moved = stored.to(self.device, non_blocking=self.device.type == "cuda")
         x = decode(moved, self._affine[site], self.dtype)
-        if x.data_ptr() == stored.data_ptr():
-            x = x.clone()
-        if self.device.type == "cpu" and not _finite(x):
-            self._report(block, site)
-        return x
+        copied = self._order.n_blocks == 1 or self._reader.written_to or count < self.batch_size
+        return x.clone() if copied and x.data_ptr() == stored.data_ptr() else x
 
-    def _check_block(self, block: Block) -> None:
+    def _check_finite(self, block: Block) -> None:
         """Once per block and on the CPU: the device is not waited for."""
-        if block.key != self._sound_blocks:
+        if block.key != self._finite_block:
             for site, rows in block.rows.items():
                 if not _finite(rows):
                     self._report(block, site)
-            self._sound_blocks = block.key
+            self._finite_block = block.key
 
     def _report(self, block: Block, site: str) -> None:
         """Raise a UserError if rows of a block are not finite; a sum can overflow where they are."""
@@ -181,11 +191,12 @@ class StoreStream:
             return
         bad = (~torch.isfinite(block.rows[site]).all(1)).nonzero().flatten()
         if len(bad):
-            store, shard, row = min(block.origin(int(one)) for one in bad)
-            name, _ = rows_place(self.stores[store], site, shard)
+            index, shard, row = min(block.origin(int(one)) for one in bad)
+            store = self.stores[index]
             raise UserError(
-                f"{self.stores[store].url}/{name} holds NaN or infinity, first in row {row} ({len(bad)} such rows "
-                f"among {block.n_rows} of {site}): run `python -m sparse_coding store verify` to see if it is damaged"
+                f"{store.url}/{store.file(site, shard).name} holds NaN or infinity, first in row {row} "
+                f"({len(bad)} such rows among {block.n_rows} of {site}): run `python -m sparse_coding store verify` to "
+                "see if it is damaged"
             )
 
     def _buffer_dtype(self, site: str) -> torch.dtype:
@@ -194,7 +205,7 @@ class StoreStream:
         first = affines[0]
         alike = len({store.dtype for store in self.stores}) == 1 and (
             first is None
-            or all(a and torch.equal(a.mean, first.mean) and torch.equal(a.scale, first.scale) for a in affines)
+            or all(a and torch.equal(a.centre, first.centre) and torch.equal(a.scale, first.scale) for a in affines)
         )
         self._affine[site] = first.to(self.device) if alike and first is not None else None
         return self.stores[0].dtype if alike else self.dtype
@@ -225,17 +236,21 @@ class StoreStream:
         def damage(shard: int) -> Damaged | None:
             try:
                 for site in self.sites:
-                    name, _ = rows_place(store, site, shard)
+                    store.file(site, shard)
                     if verify:
-                        store.check(name, shard)
+                        store.check_shard(site, shard)
             except Damaged as found:
                 return found
             return None
 
         rows = list(store.shard_rows)
+        label = f"checking {store.url} before the first batch"
+        shown = Progress(label, len(rows), "shards") if verify else nullcontext()
         # A thread each takes the next shard, so the first damage found ends the search.
-        with ThreadPoolExecutor(CHECKERS) as threads:
+        with ThreadPoolExecutor(CHECKERS) as threads, shown as progress:
             for shard, found in enumerate(threads.map(damage, range(len(rows)))):
+                if progress:
+                    progress.update(shard + 1)
                 if found and not skip_damaged:
                     threads.shutdown(cancel_futures=True)
                     raise UserError(f"{found}; or leave its shard out with --skip-damaged")

@@ -15,7 +15,8 @@ from sparse_coding.errors import UserError, near
 from sparse_coding.progress import Progress
 from sparse_coding.stores.codec import Codec
 from sparse_coding.stores.copying import copied, merged
-from sparse_coding.stores.store import MANIFEST, Damaged, Store
+from sparse_coding.stores.manifest import LEASE, MANIFEST
+from sparse_coding.stores.store import Damaged, Store
 
 THREADS = 4
 """Files read at once."""
@@ -135,7 +136,7 @@ def damages(store: Store) -> list[Damaged]:
 
 
 def _strays(store: Store) -> Iterator[str]:
-    known = {MANIFEST, *(name for shard in store.manifest.shards for name in shard.files)}
+    known = {MANIFEST, LEASE, *(name for shard in store.manifest.shards for name in shard.files)}
     return (name for name in store.objects.names() if name not in known)
 
 

@@ -1,19 +1,13 @@
 """Writing a store while the rows come: bounded memory, bounded uploads in flight, resumable at the shard.
 
-Rows fill one buffer per site, which is the shard's file itself. Full buffers are hashed and sent by threads; the
-manifest counts a shard once all its files are durable, so a writer that dies at any instant leaves a store that says
-how many rows it holds, and the next one goes on after them.
+Rows fill one buffer per site, which is the shard's file itself; outbox.py sends the full ones. A writer that dies at
+any instant leaves a store that says how many rows it holds, and the next one goes on after them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import threading
-import time
-from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,29 +21,15 @@ from torch import Tensor
 from sparse_coding.errors import UserError
 from sparse_coding.stores.begin import asked_manifest, begun, rows_per_shard
 from sparse_coding.stores.codec import Affine8, Codec, calibrate, checked_codec, encode
-from sparse_coding.stores.manifest import (
-    MANIFEST,
-    TOKEN_NUMPY,
-    FileInfo,
-    Manifest,
-    ShardInfo,
-    Source,
-)
+from sparse_coding.stores.manifest import TOKEN_NUMPY, Manifest, Source
 from sparse_coding.stores.objects import Objects, open_objects
+from sparse_coding.stores.outbox import Outbox
 from sparse_coding.stores.running import Running
-from sparse_coding.stores.shard_file import DATA_START, file_bytes, header
+from sparse_coding.stores.shard_file import LARGEST_HEADER, data_start, tensor_bytes
+from sparse_coding.stores.sums import DIGITS, group_rows
 
 CALIBRATION_ROWS = 16_384
 """Of the first shard, held in float32 until int8's mean and scale are chosen from them."""
-
-
-@dataclass
-class _Sending:
-    """A shard whose files are on their way."""
-
-    rows: int
-    statistics: dict[str, Running]
-    files: dict[str, Future[FileInfo]]
 
 
 class StoreWriter:
@@ -87,24 +67,25 @@ class StoreWriter:
         for name, value in (("shard_rows", shard_rows), ("uploads", uploads)):
             if value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
+        self._group_rows = group_rows(max(widths.values(), default=1))
+        if shard_rows > (most := self._group_rows * LARGEST_HEADER // (2 * DIGITS)):
+            raise UserError(f"shard_rows is {shard_rows}: it must be at most {most}")
         asked = asked_manifest(widths, source, codec, shard_rows, modules, tokens, affine, versions, run)
-        self.manifest = begun(self.objects, asked)
-        self._statistics = {
-            name: Running.of(self.rows, self.manifest.statistics.get(name), width) for name, width in widths.items()
-        }
+        self._outbox = Outbox(self.objects, begun(self.objects, asked), uploads, self._group_rows)
+        self._data_start = data_start(-(-shard_rows // self._group_rows))
         self._buffers: dict[str, np.ndarray] = {}
         self._token_columns: dict[str, np.ndarray] = {}
         self._filled, self._current = 0, self._fresh()
         self._held: dict[str, list[Tensor]] = {name: [] for name in widths}
         self._held_tokens: list[Mapping[str, np.ndarray]] = []
         self._affines: dict[tuple[str, torch.device], Affine8] = {}
-        self._next = len(self.manifest.shards)
-        self._sending: deque[_Sending] = deque()
-        self._slots = threading.Semaphore(uploads)
-        self._threads = ThreadPoolExecutor(uploads, thread_name_prefix="store-upload")
-        self._written, self._write_took = time.monotonic(), 0.0
         self.appended = self.rows
         """Rows given so far, with those of the store that was gone on with."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of what is durable."""
+        return self._outbox.manifest
 
     @property
     def rows(self) -> int:
@@ -135,22 +116,12 @@ class StoreWriter:
         self._choose_affine()
         if self._filled:
             self._send()
-        self._settle(wait=True)
-        self.manifest = replace(self.manifest, complete=True)
-        self._write_manifest()
-        self._threads.shutdown()
+        self._outbox.finish()
         return self.manifest
 
     def close(self) -> None:
         """Wait for what is being sent and write the manifest; rows that fill no shard are dropped, `rows` says so."""
-        try:
-            if not self.manifest.complete:
-                try:
-                    self._settle(wait=True)
-                finally:  # what is durable stays so, whatever failed after it
-                    self._write_manifest()
-        finally:
-            self._threads.shutdown(cancel_futures=True)
+        self._outbox.close()
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -200,8 +171,8 @@ class StoreWriter:
         sites = {}
         for name, site in self.manifest.sites.items():
             chosen = calibrate(torch.cat(self._held[name])[:CALIBRATION_ROWS])
-            sites[name] = replace(site, mean=tuple(chosen.mean.tolist()), scale=tuple(chosen.scale.tolist()))
-        self.manifest = replace(self.manifest, sites=sites)
+            sites[name] = replace(site, mean=tuple(chosen.centre.tolist()), scale=tuple(chosen.scale.tolist()))
+        self._outbox.manifest = replace(self.manifest, sites=sites)
         self._filled = 0
         for i, columns in enumerate(self._held_tokens):
             piece = {name: parts[i] for name, parts in self._held.items()}
@@ -213,7 +184,7 @@ class StoreWriter:
             stored = encode(x, self.manifest.codec, self._affine(name, x.device)).contiguous().cpu()
             buffer = self._buffer(name)
             width = stored.shape[1] * stored.element_size()
-            start = DATA_START + self._filled * width
+            start = self._data_start + self._filled * width
             buffer[start : start + n_rows * width] = stored.view(torch.uint8).numpy().reshape(-1)
         for name, column in columns.items():
             if name not in self._token_columns:
@@ -232,8 +203,8 @@ class StoreWriter:
     def _buffer(self, site: str) -> np.ndarray:
         """The file of a full shard, its rows to be filled in."""
         if site not in self._buffers:
-            size = file_bytes(self.manifest.expected(site, self.manifest.shard_rows))
-            self._buffers[site] = np.empty(size, dtype=np.uint8)
+            rows = tensor_bytes(*self.manifest.expected(site, self.manifest.shard_rows)["rows"])
+            self._buffers[site] = np.empty(self._data_start + rows, dtype=np.uint8)
         return self._buffers[site]
 
     def _columns(self, tokens: Mapping[str, ArrayLike] | None, n_rows: int) -> dict[str, np.ndarray]:
@@ -247,63 +218,20 @@ class StoreWriter:
             columns[name] = column
         return columns
 
-    # ---- buffers into files
-
     def _send(self) -> None:
-        """Hand the filled buffers to the threads; waits for a free place for each."""
-        rows, shard, files = self._filled, self._next, {}
-        for part in self.manifest.parts():
-            self._slots.acquire()
-            name = self.manifest.file_name(part, shard)
-            files[name] = self._threads.submit(self._put, name, self._file(part, rows))
-        self._sending.append(_Sending(rows, self._current, files))
-        self._filled, self._current, self._next = 0, self._fresh(), shard + 1
-        self._settle(wait=False)
-
-    def _file(self, part: str | None, rows: int) -> np.ndarray:
-        """The bytes of a file with the rows there are, taken out of the buffers."""
-        expected = self.manifest.expected(part, rows)
-        head = np.frombuffer(header(expected), dtype=np.uint8)
-        if part is None:
-            columns = [self._token_columns[name][:rows].view(np.uint8) for name in self.manifest.tokens]
-            return np.concatenate([head, *columns])
-        buffer = self._buffers.pop(part)
-        buffer[:DATA_START] = head
-        return buffer[: file_bytes(expected)]
-
-    def _put(self, name: str, data: np.ndarray) -> FileInfo:
-        try:
-            info = FileInfo(len(data), hashlib.sha256(data.data).hexdigest())
-            self.objects.put(name, data.data)
-            return info
-        finally:
-            self._slots.release()
-
-    def _settle(self, wait: bool) -> None:
-        """Count the shards that are durable, in their order. Raises what sending one raised."""
-        before = len(self.manifest.shards)
-        try:
-            while self._sending and (wait or all(future.done() for future in self._sending[0].files.values())):
-                one = self._sending[0]
-                files = {name: future.result() for name, future in one.files.items()}
-                self._sending.popleft()
-                for name, running in one.statistics.items():
-                    self._statistics[name].merge(running)
-                self.manifest = replace(
-                    self.manifest,
-                    shards=(*self.manifest.shards, ShardInfo(one.rows, files)),
-                    statistics={name: running.said() for name, running in self._statistics.items()},
-                )
-        finally:
-            # A long manifest is not written for every shard where that would take more than a twentieth of the time.
-            if len(self.manifest.shards) > before and time.monotonic() - self._written >= 20 * self._write_took:
-                self._write_manifest()
-
-    def _write_manifest(self) -> None:
-        start = time.monotonic()
-        self.objects.put(MANIFEST, self.manifest.to_json().encode())
-        self._written = time.monotonic()
-        self._write_took = self._written - start
+        """Hand the filled buffers on; waits where too many files are in flight."""
+        columns, rows = self._token_columns, self._filled
+        parts: dict[str | None, np.ndarray] = {}
+        for site in self.manifest.sites:
+            n_bytes = tensor_bytes(*self.manifest.expected(site, rows)["rows"])
+            parts[site] = self._buffers.pop(site)[: self._data_start + n_bytes]
+        if self.manifest.tokens:
+            head = np.zeros(data_start(0), np.uint8)
+            parts[None] = np.concatenate(
+                [head, *(columns[name][:rows].view(np.uint8) for name in self.manifest.tokens)]
+            )
+        statistics, self._filled, self._current = self._current, 0, self._fresh()
+        self._outbox.send(rows, parts, statistics)
 
     def _fresh(self) -> dict[str, Running]:
         return {name: Running.of(0, None, site.width) for name, site in self.manifest.sites.items()}

@@ -15,7 +15,7 @@ import pytest
 
 KEY, SECRET = "AKIAFAKEKEYFORTESTS", "fakesecretfortests"
 Fault = Callable[[str, str, int], "str | int | None"]
-"""(method, key, how many requests came before) -> status to answer, "cut" (half the body), "hang", "drop" or None."""
+"""(method, key, requests before) -> a status, "cut" (half the body), "flip" (one bit), "hang", "drop"; None."""
 
 
 class FakeS3:
@@ -28,6 +28,8 @@ class FakeS3:
         self.lock = threading.Lock()
         self.in_flight = self.most_in_flight = 0
         self.delay = 0.0
+        self.conditional = True
+        """Whether it knows If-None-Match."""
 
 
 def _handler(fake: FakeS3) -> type[BaseHTTPRequestHandler]:
@@ -116,14 +118,20 @@ def _handler(fake: FakeS3) -> type[BaseHTTPRequestHandler]:
             if first >= len(data):
                 self.error(416, "InvalidRange")
                 return
+            body = bytearray(data[first : last + 1])
+            if fault == "flip":
+                body[-1] ^= 1
             place = f"bytes {first}-{last}/{len(data)}"
-            self.answer(206, data[first : last + 1], fault == "cut", Content_Range=place, **facts)
+            self.answer(206, bytes(body), fault == "cut", Content_Range=place, **facts)
 
         serve_head = serve_get
 
         def serve_put(self, key: str, query: dict[str, list[str]], body: bytes, _: object) -> None:
             if "uploadId" in query:
                 fake.parts[query["uploadId"][0]][int(query["partNumber"][0])] = body
+            elif fake.conditional and self.headers.get("If-None-Match") == "*" and key in fake.objects:
+                self.error(412, "PreconditionFailed")
+                return
             else:
                 fake.objects[key] = body
             self.answer(200, ETag='"1"')

@@ -13,8 +13,10 @@ import torch
 
 from sparse_coding.errors import UserError
 from sparse_coding.stores import store as store_module
-from sparse_coding.stores.shard_file import DATA_START, Damaged
+from sparse_coding.stores.shard_file import Damaged
 from sparse_coding.stores.store import Source, Store, StoreWriter
+from sparse_coding.stores.stream import StoreStream
+from sparse_coding.stores.sums import sum_of
 
 WIDTHS = {"a": 5, "b": 3}
 TOKENS = {"token": "I32", "position": "I32"}
@@ -139,7 +141,12 @@ def test_every_value_of_a_manifest_replaced_by_every_strange_one(folder, allocat
         ("text", "a", "*"),
         *(("sites", site, "module") for site in WIDTHS),
     }
-    assert ok <= numbers | facts | people
+    # A file of format 1 has no sum of its header; one with a sum that is wrong is refused.
+    sums = {
+        ("format",),
+        *(("shards", "*", "files", name, "header") for shard in manifest["shards"] for name in shard["files"]),
+    }
+    assert ok <= numbers | facts | people | sums
 
 
 def value_at(data, path):
@@ -197,7 +204,8 @@ HEADERS = [
 def test_headers_that_say_something_else(folder, allocated, header):
     path = folder / "site-0/00000.safetensors"
     data = path.read_bytes()
-    path.write_bytes(data[:8] + json.dumps(header).encode().ljust(DATA_START - 8) + data[DATA_START:])
+    start = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(data[:8] + json.dumps(header).encode().ljust(start - 8) + data[start:])
     with pytest.raises(Damaged, match=r"site-0/00000.safetensors"):
         read_everything(folder)
     assert not survives(folder)
@@ -210,6 +218,46 @@ def test_header_lengths_that_cannot_be(folder, allocated, length):
     with pytest.raises(Damaged, match=r"site-0/00000.safetensors"):
         Store.open(folder).read_rows("a", 0, 0, 8)
     assert not survives(folder)
+
+
+SUMS = [
+    None, {}, [], {"group_rows": "8"}, {"group_rows": "0", "xxh3_64": ""}, {"group_rows": "8", "xxh3_64": "0" * 16},
+    {"group_rows": str(2**62), "xxh3_64": "0" * 16}, {"group_rows": "1", "xxh3_64": "0" * 16},
+    {"group_rows": "8", "xxh3_64": 5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("metadata", SUMS, ids=lambda metadata: json.dumps(metadata)[:60])
+def test_sums_that_say_something_else(folder, allocated, metadata):
+    """Even where the manifest has the sum of such a header."""
+    path = folder / "site-0/00000.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = {**json.loads(data[8:start]), "__metadata__": metadata}
+    data = data[:8] + json.dumps(header).encode().ljust(start - 8) + data[start:]
+    path.write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    info = manifest["shards"][0]["files"]["site-0/00000.safetensors"]
+    info["header"] = f"{sum_of(data[:start]):016x}"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Damaged, match=r"site-0/00000.safetensors"):
+        Store.open(folder).read_rows("a", 0, 0, 8)
+    assert not survives(folder)
+
+
+def test_random_bits_of_rows_are_seen_by_a_stream(folder):
+    """Without SHA-256: by the sums, as rows are read."""
+    chance = random.Random(2)
+    path = folder / "site-0/00001.safetensors"
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(40):
+        data = bytearray(whole)
+        data[chance.randrange(start, len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        words = r"site-0/00001.safetensors is damaged: rows 0 to 7 are not"
+        with StoreStream(folder, ["a"], batch_size=4, buffer_rows=20) as stream, pytest.raises(UserError, match=words):
+            stream.batch(0)
 
 
 def test_random_bytes_of_shards(folder, allocated):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -18,11 +19,10 @@ from sparse_coding.activations.models import LanguageModel
 from sparse_coding.activations.stream import ActivationStream
 from sparse_coding.activations.tokens import Contexts
 from sparse_coding.errors import UserError
-from sparse_coding.stores import block_reader
+from sparse_coding.stores import block_reader, ranges
 from sparse_coding.stores.codec import Affine8
 from sparse_coding.stores.objects import FolderObjects
 from sparse_coding.stores.order import Order
-from sparse_coding.stores.scattered import read_rows
 from sparse_coding.stores.store import Source, Store, StoreWriter
 from sparse_coding.stores.stream import StoreStream
 from sparse_coding.training.stream import NormalisedStream, Stream
@@ -143,15 +143,14 @@ def test_rows_of_a_batch_come_from_all_over_the_store():
         for start in range(0, len(served) - batch, batch):
             one = served[start : start + batch]
             tenths.append(np.histogram(one, 10, (0, n))[0])
-            per_chunk.append(np.bincount(one // 683).max())
+            per_chunk.append(np.bincount(one // 5120).max())
             neighbours.append(np.mean(np.abs(np.diff(one)) < 100))
     shares = np.array(tenths) / batch
-    # Whole chunks of 682 rows are drawn, about 192 in a block: a share of 0.1 deviates by sqrt(0.1 * 0.9 / 192).
+    # Whole chunks of 5120 rows are drawn, about 25 in a block: a share of 0.1 deviates by sqrt(0.1 * 0.9 / 25).
     assert abs(shares.mean() - 0.1) < 0.005
-    assert shares.std() < 1.5 * (0.09 / 192) ** 0.5
-    assert shares.min() > 0
-    assert max(per_chunk) < 4096 / 192 * 3, "no batch is full of one chunk"
-    assert np.mean(neighbours) < 0.002, "rows one after another are as far apart as chance has it: 1 / 192 in one chunk"
+    assert shares.std() < 1.5 * (0.09 / 25) ** 0.5
+    assert max(per_chunk) < 4096 / 25 * 2, "no batch is full of one chunk"
+    assert np.mean(neighbours) < 0.003, "rows one after another are as far apart as chance has it: 1 / 25 in one chunk"
 
 
 def test_rows_of_a_block_are_in_random_order(store):
@@ -264,16 +263,57 @@ def test_it_is_a_stream_that_can_be_normalised(store):
 
 def test_memory_is_two_blocks(tmp_path, monkeypatch):
     made = []
-    allocate = block_reader.BlockReader._allocate
-    monkeypatch.setattr(block_reader.BlockReader, "_allocate", lambda self: made.append(allocate(self)) or made[-1])
-    stream = stream_of(store_of(tmp_path / "s", 2000, codec="bf16"))
-    for step in [*range(200), 5, 100, 3, *range(20, 40)]:
+    real = block_reader.BlockMemory
+    monkeypatch.setattr(block_reader, "BlockMemory", lambda n, *given: made.append((n, *given)) or real(n, *given))
+    path = store_of(tmp_path / "s", 2000, codec="bf16")
+    for dtype in (torch.float32, torch.bfloat16):
+        made.clear()
+        stream = stream_of(path, dtype=dtype)
+        for step in range(200):
+            batch = stream.batch(step)  # the one before is held while it is made, as in a loop
+            assert batch["a"].dtype == dtype
+        assert len(made) == 2
+        for n, shapes, _ in made:
+            assert shapes == {site: (width, torch.bfloat16) for site, width in WIDTHS.items()}
+            assert n <= 256 + 5, "a block and a chunk"
+    made.clear()
+    stream = stream_of(path)
+    for step in [*range(20), 5, 100, 3, *range(20, 40)]:
         stream.batch(step)
     assert len(made) == 2
-    for buffers in made:
-        assert {site: x.dtype for site, x in buffers.items()} == dict.fromkeys(WIDTHS, torch.bfloat16)
-        assert len(buffers["a"]) <= 256 + 3, "a block and a chunk"
-    assert made[0]["a"].data_ptr() != made[1]["a"].data_ptr()
+
+
+@pytest.mark.parametrize("batch_size", [32, 100])
+def test_batches_are_views_and_stay_what_they_were(store, batch_size):
+    """Whatever is kept: memory is used again only when no tensor refers to it."""
+    stream = stream_of(store, batch_size=batch_size)
+    kept = [stream.batch(step) for step in range(30)]
+    copies = stream_of(store, batch_size=batch_size, readers=1)
+    expected = [{site: x.clone() for site, x in copies.batch(step).items()} for step in range(30)]
+    for ours, theirs in zip(kept, expected, strict=True):
+        assert all(torch.equal(x, theirs[site]) for site, x in ours.items())
+    storages = {batch["b"].untyped_storage().data_ptr() for batch in kept}
+    assert len(storages) < 30, "batches share the memory of their block"
+
+
+def test_what_is_written_to_a_batch_is_not_served_again(store):
+    """With torch; a caller that writes gets copies from then on, so no block is read for every batch."""
+    plain = stream_of(store)
+    expected = [{site: x.clone() for site, x in plain.batch(step).items()} for step in range(40)]
+    stream = stream_of(store)
+    for step in [*range(40), 3, 2, 2, 20, 21, 20]:
+        batch = stream.batch(step)
+        assert all(torch.equal(x, expected[step][site]) for site, x in batch.items())
+        with torch.no_grad():
+            batch["b"].mul_(2)
+        batch["a"][3, 2] = 7
+    assert stream.bytes_read < 14 * 256 * 306 * 4
+
+
+def test_batches_in_inference_mode(store):
+    with torch.inference_mode():
+        order = numbers(stream_of(store), range(60))
+    assert order == numbers(stream_of(store), range(60))
 
 
 def test_rows_that_fit_into_one_block_are_read_once(store):
@@ -318,7 +358,7 @@ from sparse_coding.stores.stream import StoreStream
 stream = StoreStream(sys.argv[1], batch_size=32, buffer_rows=256)
 stream.batch(0)
 time.sleep(3)  # the next block is there, on a busy machine too
-block_reader.read_rows = lambda *given: time.sleep(1000)
+block_reader.FileRows.read = lambda *given: time.sleep(1000)
 for step in range(1, 9):
     stream.batch(step)
 END
@@ -335,8 +375,8 @@ def test_a_program_ends_while_rows_are_being_read(store, end):
 
 
 def test_time_spent_waiting_is_counted(store, monkeypatch):
-    read = read_rows
-    monkeypatch.setattr(block_reader, "read_rows", lambda *given: time.sleep(0.002) or read(*given))
+    read = ranges.FileRows.read
+    monkeypatch.setattr(ranges.FileRows, "read", lambda *given: time.sleep(0.01) or read(*given))
     stream = stream_of(store)
     for step in range(10):
         stream.batch(step)
@@ -385,7 +425,7 @@ def spoil_header(path: Path) -> None:
         (cut, "truncated", False),
         (Path.unlink, "missing", False),
         (spoil_header, "damaged", False),
-        (flip, "checksum", True),
+        (flip, "rows 0 to 169 are not what was written", True),
     ],
 )
 def test_damaged_files_are_named_or_left_out(store, damage, word, verify):
@@ -393,7 +433,7 @@ def test_damaged_files_are_named_or_left_out(store, damage, word, verify):
     damage(path)
     with pytest.raises(UserError, match=rf"{path}.*{word}.*--skip-damaged"):
         stream_of(store, verify=verify)
-    stream = stream_of(store, verify=verify, skip_damaged=True)
+    stream = stream_of(store, skip_damaged=True)
     assert len(stream.skipped) == 1
     assert str(path) in stream.skipped[0]
     assert stream.rows_per_epoch == 830
@@ -409,13 +449,82 @@ def test_damage_while_reading_is_an_error_that_names_the_file(store, damage):
     damage(file_of(store, 2))
     for _ in range(2):  # no hang and no silence when asked again
         with pytest.raises(UserError, match=r"00002.*(truncated|missing)"):
+            numbers(stream, range(80))
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_a_flipped_bit_is_named_as_its_rows_are_read(store, readers):
+    path = file_of(store, 2)
+    flip(path)
+    stream = stream_of(store, readers=readers)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{path} is damaged: rows 0 to 169 .*--skip-damaged"):
             numbers(stream, range(40))
+    assert len(numbers(stream_of(store, ["a"]), range(40), "a")) == 1280, "the other site is whole"
 
 
-def test_not_a_number_is_found_with_its_file_and_row(store):
+def test_a_store_of_which_a_part_is_to_be_read(store):
+    """As training does that keeps the last rows apart: the files stay what they are."""
+    one = Store.open(store)
+    one.shard_rows[4:] = [7, 0]
+    with StoreStream(one, batch_size=32, buffer_rows=256) as stream:
+        assert stream.rows_per_epoch == 687
+        assert sorted(numbers(stream, range(687))[:687]) == list(range(687))
+
+
+def test_rows_are_checked_the_first_time_and_read_straight_to_their_places_afterwards(store, monkeypatch):
+    checked, straight = [], []
+    real_check, real_read = Store.check_rows, ranges.read_rows
+    monkeypatch.setattr(Store, "check_rows", lambda self, *given: checked.append(1) or real_check(self, *given))
+    monkeypatch.setattr(ranges, "read_rows", lambda *given: straight.append(1) or real_read(*given))
+    stream = stream_of(store)
+    first, begun = numbers(stream, range(31)), len(checked)
+    assert begun >= 12, "two sites of six shards"
+    orders = [numbers(stream, range(k * 125, k * 125 + 125)) for k in (1, 2)]
+    assert len(straight) > 100
+    assert len(checked) < 2 * begun + 60
+    fresh = stream_of(store, readers=1)
+    assert orders == [numbers(fresh, range(k * 125, k * 125 + 125)) for k in (1, 2)]
+    assert first == numbers(stream_of(store), range(31))
+    os.truncate(file_of(store, 3), file_of(store, 3).stat().st_size - 10)
+    with pytest.raises(UserError, match=r"00003.*truncated"):
+        numbers(stream, range(375, 500))
+
+
+def test_files_that_were_exchanged_are_named(store):
+    """Each is whole, but not the one the manifest means."""
+    paths = file_of(store, 1), file_of(store, 2)
+    first, second = (path.read_bytes() for path in paths)
+    paths[0].write_bytes(second)
+    paths[1].write_bytes(first)
+    with pytest.raises(UserError, match=r"00001.*header is not the one that was written"):
+        stream_of(store)
+
+
+def as_format_1(store: Path) -> None:
+    """The store as versions without sums wrote it."""
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["format"] = 1
+    for shard in manifest["shards"]:
+        for file in shard["files"].values():
+            del file["header"]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_store_of_format_1_is_read_and_verified_by_sha256(store):
+    expected = numbers(stream_of(store), range(40))
+    as_format_1(store)
+    assert numbers(stream_of(store), range(40)) == expected
+    flip(file_of(store, 2))
+    assert stream_of(store).rows_per_epoch == 1000
+    assert stream_of(store, skip_damaged=True).rows_per_epoch == 830
+
+
+def test_not_a_number_in_a_store_of_format_1_is_found_with_its_file_and_row(store):
+    as_format_1(store)
     path = file_of(store, 1)
     data = np.fromfile(path, np.uint8)
-    rows = data[1024:].view(np.float32).reshape(-1, 300)
+    rows = data[int.from_bytes(data[:8].tobytes(), "little") + 8 :].view(np.float32).reshape(-1, 300)
     rows[33, 7] = np.nan
     data.tofile(path)
     with pytest.raises(UserError, match=rf"{path} holds NaN or infinity, first in row 33 \(1 such"):
@@ -461,34 +570,7 @@ def test_widths_must_agree(store, tmp_path):
     assert stream_of([store, tmp_path / "other"], ["b"]).rows_per_epoch == 1009
 
 
-# ---- rows to scattered places
-
-
-def test_no_address_lies_outside_the_buffer(tmp_path):
-    (tmp_path / "f").write_bytes(bytes(5120))
-    for places in ([0, 3, 9], [0, -1, 2]):
-        with (tmp_path / "f").open("rb") as file, pytest.raises(AssertionError, match="outside"):
-            read_rows(file.fileno(), 0, np.zeros((9, 1024), np.uint8), np.array(places))
-
-
-@pytest.mark.parametrize("width", [1, 255, 256, 1536])
-@pytest.mark.parametrize("n", [0, 1, 3, 2500])
-def test_rows_are_read_to_their_places(tmp_path, width, n):
-    rows = np.random.default_rng(0).integers(0, 256, (n, width)).astype(np.uint8)
-    (tmp_path / "f").write_bytes(b"header" + rows.tobytes())
-    places = np.random.default_rng(1).permutation(3000)[:n]
-    target = np.zeros((3000, width), np.uint8)
-    file = os.open(tmp_path / "f", os.O_RDONLY)
-    assert read_rows(file, 6, target, places) == n * width
-    assert (target[places] == rows).all()
-    assert not np.delete(target, places, axis=0).any()
-    ordered = np.zeros((n + 2, width), np.uint8)
-    assert read_rows(file, 6, ordered, np.arange(1, n + 1)) == n * width
-    assert (ordered[1 : n + 1] == rows).all()
-    if n:
-        os.truncate(tmp_path / "f", 6 + n * width - 1)
-        assert read_rows(file, 6, target, places) == n * width - 1
-    os.close(file)
+# ---- other places
 
 
 def test_objects_that_are_no_files_of_this_machine(store, monkeypatch):
@@ -498,7 +580,7 @@ def test_objects_that_are_no_files_of_this_machine(store, monkeypatch):
         pass
 
     expected = numbers(stream_of(store), range(40))
-    monkeypatch.setattr(block_reader, "FolderObjects", str)
+    monkeypatch.setattr(ranges, "FolderObjects", str)
     stream = stream_of(Store.open(Remote(store)), readers=5)
     assert numbers(stream, range(40)) == expected
     file_of(store, 2).unlink()
