@@ -1,19 +1,23 @@
 """Speed of one training step: the sparse step in C++, in torch's operators, and the definition by autograd.
 
     python benchmarks/step_speed.py [--threads 2] [--repeats 15] [--only topk-512x8192] [--skip definition]
+    python benchmarks/step_speed.py --profile --threads 1
 
 What is timed is the whole of `Trainer.advance`: reading a batch that is in memory, the gradients, the optimiser, unit
 norms, dead-latent clocks and the sums for the log. Methods take turns, so that a busy machine slows all of them alike;
-medians are shown. Beside them stands the limit: the encoder's product alone, by torch, and one pass of Adam over
-memory (24 bytes a parameter) at the rate of a large copy.
+medians are shown, and the processor time of a step, of all threads, to which other programs add little. Beside them
+stands the limit: the encoder's product alone, by torch, and one pass of Adam over memory (24 bytes a parameter) at the
+rate of a large copy.
 
-It writes benchmarks/results/step_speed.md and .json.
+It writes benchmarks/results/step_speed-THREADS.md and .json. With --profile it prints where the processor time of the
+C++ step goes instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -28,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sparse_coding.dictionaries import architecture
-from sparse_coding.kernels import native
+from sparse_coding.kernels import sparse_native
 from sparse_coding.provenance import provenance
 from sparse_coding.training.precision import products_dtype
 from sparse_coding.training.stream import TensorStream
@@ -36,6 +40,7 @@ from sparse_coding.training.sweep import grid
 from sparse_coding.training.trainer import Trainer, TrainingSettings
 
 METHODS = ("C++", "operators", "definition")
+COLUMNS = (*METHODS, "limit")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -74,10 +79,10 @@ def method(name: str, kind: type) -> Iterator[None]:
     if name == "C++":
         yield
     elif name == "operators":
-        with mock.patch.object(native, "library", lambda: None):
+        with mock.patch.object(sparse_native, "library", return_value=None):
             yield
     else:
-        with mock.patch.object(kind, "fused_gradients", lambda *_: None):
+        with mock.patch.object(kind, "fused_gradients", return_value=None):
             yield
 
 
@@ -90,15 +95,19 @@ def trainer(one: Configuration) -> Trainer:
     return Trainer(members, TensorStream({"synthetic": rows}, one.batch), TrainingSettings(steps=10**6))
 
 
-def interleaved(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+def interleaved(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median (seconds, processor seconds) of each call, after two rounds unmeasured."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for round_ in range(repeats + 2):
         for name, call in calls.items():
-            start = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             call()
             if round_ >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                taken[name].append((time.perf_counter() - wall, time.process_time() - processor))
+    return {
+        name: (statistics.median(wall for wall, _ in pairs), statistics.median(processor for _, processor in pairs))
+        for name, pairs in taken.items()
+    }
 
 
 def limit(one: Configuration, n_members: int) -> Callable[[], None]:
@@ -109,13 +118,13 @@ def limit(one: Configuration, n_members: int) -> Callable[[], None]:
 
     def run() -> None:
         for _ in range(n_members):
-            x @ W
+            torch.mm(x, W)
             state[: state.numel() // 2].copy_(state[state.numel() // 2 :])
 
     return run
 
 
-def measured(one: Configuration, repeats: int, skip: list[str]) -> dict[str, float]:
+def measured(one: Configuration, repeats: int, skip: list[str]) -> dict[str, tuple[float, float]]:
     kind = architecture(one.architecture)
     calls: dict[str, Callable[[], None]] = {}
     for name in METHODS:
@@ -130,7 +139,44 @@ def measured(one: Configuration, repeats: int, skip: list[str]) -> dict[str, flo
         calls[name] = call
         n_members = len(own.members)
     calls["limit"] = limit(one, n_members)
-    return {name: statistics.median(values) for name, values in interleaved(calls, repeats).items()}
+    return interleaved(calls, repeats)
+
+
+def profile(name: str, repeats: int) -> None:
+    """Print processor milliseconds of one step by phase, of all threads."""
+    own = trainer(CONFIGURATIONS[name])
+    (stack,) = own.stacks
+    spent = dict.fromkeys(map(str, sparse_native.PHASES), 0.0)
+    for _ in range(3):
+        own.advance()
+    sparse_native.seconds = torch.zeros(len(sparse_native.PHASES), dtype=torch.float64)
+    clock(own, "_read", "reading the batch", spent)
+    clock(stack.dictionary, "constrain_gradients_", "projection of gradients", spent)
+    clock(stack.optimizer, "step", "Adam", spent)
+    clock(stack.dictionary, "constrain_", "unit norms", spent)
+    before = time.process_time()
+    for _ in range(repeats):
+        own.advance()
+    whole = time.process_time() - before
+    spent |= dict(zip(sparse_native.PHASES, sparse_native.seconds.tolist(), strict=True))
+    sparse_native.seconds = None
+    spent["all else"] = whole - sum(spent.values())
+    print(name, f"{1e3 * whole / repeats:.1f} ms")
+    for phase, seconds in spent.items():
+        print(f"  {phase:24}{1e3 * seconds / repeats:8.2f}{seconds / whole:6.0%}", flush=True)
+
+
+def clock(owner: Any, method: str, phase: str, spent: dict[str, float]) -> None:
+    """Add the processor time of a method of `owner` to `spent` from now on."""
+    inner = getattr(owner, method)
+
+    def timed(*arguments: Any) -> Any:
+        start = time.process_time()
+        found = inner(*arguments)
+        spent[phase] = spent.get(phase, 0.0) + time.process_time() - start
+        return found
+
+    setattr(owner, method, timed)
 
 
 def main() -> None:
@@ -140,36 +186,43 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(CONFIGURATIONS), help="configurations to run")
     parser.add_argument("--skip", nargs="*", default=[], choices=METHODS, help="methods to leave out")
     parser.add_argument("--no-write", action="store_true", help="print alone")
+    parser.add_argument("--profile", action="store_true", help="print where the processor time of the C++ step goes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    found = {}
+    if args.profile:
+        for name in args.only:
+            profile(name, args.repeats)
+        return
+    found, load = {}, os.getloadavg()[0]
     for name in args.only:
         found[name] = measured(CONFIGURATIONS[name], args.repeats, args.skip)
-        shown = ", ".join(f"{method} {1e3 * seconds:.2f} ms" for method, seconds in found[name].items())
-        rate = CONFIGURATIONS[name].batch / found[name].get("C++", float("nan"))
-        print(f"{name}: {shown} ({rate:,.0f} rows/s)", flush=True)
+        shown = ", ".join(f"{method} {1e3 * wall:.2f} ({1e3 * own:.2f})" for method, (wall, own) in found[name].items())
+        print(f"{name}, ms (processor ms): {shown}", flush=True)
     if not args.no_write:
-        write(found, args.threads)
+        write(found, args.threads, load)
 
 
-def write(found: dict[str, dict[str, float]], threads: int) -> None:
+def write(found: dict[str, dict[str, tuple[float, float]]], threads: int, load: float) -> None:
     RESULTS.mkdir(exist_ok=True)
-    facts = {"provenance": provenance(), "threads": threads, "seconds": found}
-    (RESULTS / "step_speed.json").write_text(json.dumps(facts, indent=1) + "\n")
+    facts = {"provenance": provenance(), "threads": threads, "load": [load, os.getloadavg()[0]], "seconds": found}
+    name = f"step_speed-{threads}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
     lines = [
-        "# One training step",
+        f"One training step: `python benchmarks/step_speed.py --threads {threads}`",
         "",
-        f"Milliseconds of a whole step of all members, {threads} threads; medians of interleaved runs.",
+        f"Milliseconds of a whole step of all members, {threads} threads, load average of the machine before and "
+        f"after {load:.1f} and {os.getloadavg()[0]:.1f}; medians of interleaved runs, in brackets processor "
+        "milliseconds. The head of the script says what is timed and what the limit is.",
         "",
-        "| configuration | C++ | operators | definition | limit | C++, rows/s of all members |",
-        "|---|---|---|---|---|---|",
+        "| configuration | C++ | operators | definition | limit | C++, rows/s of all members | definition / C++ |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, seconds in found.items():
-        cells = [f"{1e3 * seconds[one]:.2f}" if one in seconds else "" for one in (*METHODS, "limit")]
-        rate = CONFIGURATIONS[name].batch / seconds["C++"] if "C++" in seconds else float("nan")
-        lines.append(f"| {name} | {' | '.join(cells)} | {rate:,.0f} |")
-    lines += ["", "Made by `python benchmarks/step_speed.py`, which says what is timed and what the limit is.", ""]
-    (RESULTS / "step_speed.md").write_text("\n".join(lines))
+    for name_, taken in found.items():
+        cells = [f"{1e3 * taken[one][0]:.1f} ({1e3 * taken[one][1]:.1f})" if one in taken else "" for one in COLUMNS]
+        fast, slow = taken.get("C++", (float("nan"),))[0], taken.get("definition", (float("nan"),))[0]
+        rate = CONFIGURATIONS[name_].batch / fast
+        lines.append(f"| {name_} | {' | '.join(cells)} | {rate:,.0f} | {slow / fast:.1f} |")
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

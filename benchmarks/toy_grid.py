@@ -1,12 +1,14 @@
 """The 2023 toy grid on this machine: our sweep against a sequential loop that does, per step, what the original did.
 
-    python benchmarks/toy_grid.py                under a minute on 2 CPU cores; writes benchmarks/results/toy_grid.*
+    python benchmarks/toy_grid.py                some minutes on 2 CPU cores; writes benchmarks/results/toy_grid.*
 
 Both sides are timed in slices (a few steps of every size, in turn, medians) and multiplied up to the whole grid:
-17 L1 values x 9 sizes x 20,000 steps of 256 samples. The sequential side is written from the description of the frozen
-2023 script, not from its code, and runs in a process of its own: fp32, one dictionary at a time, torch.nn layers under
-autograd, decoder columns normalised in every forward pass, torch.optim.Adam at its defaults, and data generated
-densely for every step of every dictionary.
+17 L1 values x 9 sizes x 20,000 steps of 256 samples. Our steps get cheaper as codes get sparse, so they are timed at
+the start and again after 200 steps of training; the rest of the run is taken to cost what the latter do (half of the
+L1 values are sparse by then, the others stay dense for thousands of steps). The sequential side is written from the
+description of the frozen 2023 script, not from its code, and runs in a process of its own: fp32, one dictionary at a
+time, torch.nn layers under autograd, decoder columns normalised in every forward pass, torch.optim.Adam at its
+defaults, and data generated densely for every step of every dictionary.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +40,8 @@ from sparse_coding.training.sweep import grid, split_into_stacks
 L1 = [10 ** (e / 4) for e in range(-8, 9)]
 RATIOS = [2.0**e for e in range(-3, 6)]
 STEPS, BATCH, D_IN, FEATURES = 20_000, 256, 256, 512
+TRAINED = 200
+"""Steps of training after which ours are timed again."""
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -87,43 +92,66 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def their_side(n: int) -> Callable[[], dict[str, float]]:
-    """A round: one batch made, one step of one dictionary."""
-    data, model = DenseGenerator(), Sequential2023(n)
-    x = data.batch()
-    return lambda: {"their_data": seconds(data.batch), "their_step": seconds(lambda: model.step(x, 0.1))}
+class Theirs:
+    """A round: one batch made, one step of one dictionary. What it costs does not change as training goes on."""
+
+    def __init__(self, n: int):
+        self.data, self.model = DenseGenerator(), Sequential2023(n)
+        self.x = self.data.batch()
+
+    def train(self) -> None:
+        pass
+
+    def round(self) -> dict[str, float]:
+        return {"their_data": seconds(self.data.batch), "their_step": seconds(lambda: self.model.step(self.x, 0.1))}
 
 
-def our_side(n: int) -> Callable[[], dict[str, float]]:
+class Ours:
     """A round: one batch made, one step of all 17 dictionaries."""
-    data, steps = WorldStream(World(preset("hoagy-2023-07")), BATCH), itertools.count()
-    sweep = grid(
-        "relu", {"synthetic": D_IN}, [n / D_IN], varied={"l1_coefficient": L1}, l1_scaling="toy-2023",
-        init="toy-2023", decoder_bias=False, remove_parallel_gradient=False,
-    )  # fmt: skip
-    dtype = products_dtype("auto", "cpu")
-    groups = split_into_stacks(sweep, BATCH)
-    stacks = [Stack([sweep[index] for index in group], OptimizerSettings(), "cpu", dtype) for group in groups]
-    x = data.batch(0)["synthetic"]
 
-    def step() -> None:
-        for stack in stacks:
-            stack.step(x, 1.0)
+    def __init__(self, n: int):
+        self.data, self.steps = WorldStream(World(preset("hoagy-2023-07")), BATCH), itertools.count()
+        sweep = grid(
+            "relu", {"synthetic": D_IN}, [n / D_IN], varied={"l1_coefficient": L1}, l1_scaling="toy-2023",
+            init="toy-2023", decoder_bias=False, remove_parallel_gradient=False,
+        )  # fmt: skip
+        dtype = products_dtype("auto", "cpu")
+        groups = split_into_stacks(sweep, BATCH)
+        self.stacks = [Stack([sweep[index] for index in group], OptimizerSettings(), "cpu", dtype) for group in groups]
+        self.read()
 
-    return lambda: {"our_data": seconds(lambda: data.batch(next(steps))), "our_steps": seconds(step)}
+    def read(self) -> None:
+        self.batch = self.data.batch(next(self.steps))
+
+    def step(self) -> None:
+        for stack in self.stacks:
+            stack.step(self.batch, 1.0)
+
+    def train(self) -> None:
+        for _ in range(TRAINED):
+            self.read()
+            self.step()
+
+    def round(self) -> dict[str, float]:
+        return {"our_data": seconds(self.read), "our_steps": seconds(self.step)}
 
 
-SIDES = {"theirs": their_side, "ours": our_side}
+SIDES = {"theirs": Theirs, "ours": Ours}
 
 
 def work(side: str) -> None:
-    """A worker process: reads `n` to prepare a size and an empty line for a round, answers each with JSON."""
-    turn: Callable[[], dict[str, float]] = dict
+    """A worker process: reads `n` to prepare a size, "train", and an empty line for a round; answers with JSON."""
+    found: Any = None
     for line in sys.stdin:
-        if line.strip():
-            turn = SIDES[side](int(line))
-            turn()
-        print(json.dumps({} if line.strip() else turn()), flush=True)
+        answer = {}
+        if line.strip() == "train":
+            found.train()
+        elif line.strip():
+            found = SIDES[side](int(line))
+            found.round()
+        else:
+            answer = found.round()
+        print(json.dumps(answer), flush=True)
 
 
 class Worker:
@@ -143,6 +171,12 @@ class Worker:
         return json.loads(self.process.stdout.readline())
 
 
+def in_turn(workers: list[Worker], rounds: int) -> dict[str, float]:
+    """Medians over rounds."""
+    turns = [{key: value for worker in workers for key, value in worker.ask("").items()} for _ in range(rounds)]
+    return {key: median(turn[key] for turn in turns) for key in turns[0]}
+
+
 def slices(rounds: int) -> list[dict[str, float]]:
     """Median seconds per size, the two sides in turn."""
     workers = [Worker(side) for side in SIDES]
@@ -151,11 +185,13 @@ def slices(rounds: int) -> list[dict[str, float]]:
         n = round(FEATURES * ratio)
         for worker in workers:
             worker.ask(str(n))
-        turns = [{key: value for worker in workers for key, value in worker.ask("").items()} for _ in range(rounds)]
-        row = {"n": n, **{key: median(turn[key] for turn in turns) for key in turns[0]}}
+        first = in_turn(workers, rounds)
+        for worker in workers:
+            worker.ask("train")
+        row = {"n": n, "our_first_steps": first["our_steps"], **in_turn(workers, rounds)}
         rows.append(row)
-        print(f"n = {n:>6}: a step of 17 dictionaries {17e3 * row['their_step']:8.1f} ms against "
-              f"{1e3 * row['our_steps']:7.1f} ms", flush=True)  # fmt: skip
+        ours = f"{1e3 * row['our_first_steps']:7.1f} ms at first, {1e3 * row['our_steps']:7.1f} ms later"
+        print(f"n = {n:>6}: a step of 17 dictionaries {17e3 * row['their_step']:8.1f} ms against {ours}", flush=True)
     for worker in workers:
         worker.process.communicate("")
     return rows
@@ -163,14 +199,16 @@ def slices(rounds: int) -> list[dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--worker", choices=list(SIDES), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.worker:
         return work(flags.worker)
     rows = slices(flags.rounds)
     theirs = STEPS * sum(len(L1) * (row["their_step"] + row["their_data"]) for row in rows)
-    ours = STEPS * (sum(row["our_steps"] for row in rows) + median(row["our_data"] for row in rows))
+    early = TRAINED * sum((row["our_first_steps"] + row["our_steps"]) / 2 for row in rows)
+    late = (STEPS - TRAINED) * sum(row["our_steps"] for row in rows)
+    ours = early + late + STEPS * median(row["our_data"] for row in rows)
     facts = provenance()
     lines = [
         "The 2023 toy grid (17 L1 values x 9 sizes x 20,000 steps of 256), extrapolated from steps of every size.",
@@ -178,11 +216,11 @@ def main() -> None:
         f"`python benchmarks/toy_grid.py`, {facts['date'][:10]}, torch {facts['versions']['torch']}, "
         f"{facts['threads']} CPU threads, medians of {flags.rounds} rounds, sides in turn, each in its own process.",
         "",
-        "| latents | sequential, 17 steps (ms) | ours, 17 members (ms) | ratio |",
-        "|---|---|---|---|",
+        f"| latents | sequential, 17 steps (ms) | ours, 17 members: first steps (ms) | after {TRAINED} steps | ratio |",
+        "|---|---|---|---|---|",
         *(
-            f"| {row['n']} | {17e3 * row['their_step']:.1f} | {1e3 * row['our_steps']:.1f} | "
-            f"{17 * row['their_step'] / row['our_steps']:.1f} |"
+            f"| {row['n']} | {17e3 * row['their_step']:.1f} | {1e3 * row['our_first_steps']:.1f} | "
+            f"{1e3 * row['our_steps']:.1f} | {17 * row['their_step'] / row['our_steps']:.1f} |"
             for row in rows
         ),
         "",

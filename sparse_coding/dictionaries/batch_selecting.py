@@ -21,7 +21,15 @@ from torch import Tensor
 from sparse_coding.dictionaries.base import Moment, stop_gradient
 from sparse_coding.dictionaries.linear import LinearDictionary
 from sparse_coding.dictionaries.linear_settings import DeadLatents, LinearSettings
-from sparse_coding.dictionaries.selection import following_threshold, largest_of_batch, require_k, warmed_up
+from sparse_coding.dictionaries.selection import (
+    following_threshold,
+    largest_of_batch,
+    require_k,
+    smallest_kept,
+    warmed_up,
+)
+from sparse_coding.dictionaries.sparse import sparse_gradients
+from sparse_coding.kernels.result import StepResult
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,30 @@ class BatchSelecting(LinearDictionary):
         k = warmed_up(self.k, moment.sparsity, settings.d_in, settings.d_sae)
         most = self.largest["k"] if moment.sparsity >= 1 else settings.d_sae
         f = torch.where(largest_of_batch(self.ranked(pre), k, most), torch.relu(pre), 0.0)
-        kept = self.ranked(stop_gradient(f))
-        threshold, seen = following_threshold(self.threshold, self.batches_seen, kept)
-        return f, {"threshold": threshold, "batches_seen": seen}
+        return f, self.next_state(smallest_kept(self.ranked(stop_gradient(f))))
+
+    def next_state(self, smallest: Float[Tensor, "..."]) -> dict[str, Tensor]:
+        """The threshold after a batch in which `smallest` was the smallest positive score kept."""
+        threshold, seen = following_threshold(self.threshold, self.batches_seen, smallest)
+        return {"threshold": threshold, "batches_seen": seen}
+
+    def nested_gradients(
+        self,
+        x: Float[Tensor, "B d_in"],
+        target: Float[Tensor, "B d_out"] | None,
+        moment: Moment,
+        dtype: torch.dtype,
+        ends: tuple[int, ...] = (),
+    ) -> tuple[StepResult, Float[Tensor, "M n_prefixes"]] | None:
+        """The sparse step with the errors of all prefixes that end at `ends` (none: of the whole), and those errors."""
+        settings = self.settings
+        k = warmed_up(self.k, moment.sparsity, settings.d_in, settings.d_sae)
+        count = (k * len(x)).long().clamp(1, len(x) * settings.d_sae)
+        fast = sparse_gradients(self, x, target, moment, dtype, rule="batch", k=count, ends=ends)
+        if fast is None:
+            return None
+        assert fast.sparse.smallest is not None
+        return fast.result._replace(state=self.next_state(fast.sparse.smallest)), fast.errors
 
     def inference_values(self, values: Mapping[str, Tensor], shift: Tensor | float) -> dict[str, Tensor]:
         return {"b_enc": values["b_enc"] + shift, "threshold": values["threshold"]}

@@ -13,11 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
 from sparse_coding.dictionaries.batch_selecting import BatchSelecting, BatchSelectingSettings
+from sparse_coding.kernels.result import StepResult
 
 
 @dataclass(frozen=True)
@@ -40,3 +42,9 @@ class BatchTopK(BatchSelecting):
         f, state = self.select(pre, moment)
         x_hat = self.decode(f, x)
         return self.finish(self.error(x_hat, target, moment), {}, pre, f, x_hat, target, moment, state)
+
+    def fused_gradients(
+        self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None, moment: Moment, dtype: torch.dtype
+    ) -> StepResult | None:
+        fast = self.nested_gradients(x, target, moment, dtype)
+        return fast and fast[0]

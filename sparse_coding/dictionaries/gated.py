@@ -22,9 +22,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, Losses, Moment, stop_gradient
+from sparse_coding.dictionaries.dense import dense_gradients
 from sparse_coding.dictionaries.linear import LinearDictionary
 from sparse_coding.dictionaries.linear_settings import LinearSettings, require_weight
 from sparse_coding.dictionaries.objective import reconstruction_error
+from sparse_coding.kernels.result import StepResult
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,16 @@ class Gated(LinearDictionary):
         if self.settings.decoder_bias:
             x_hat = x_hat + frozen(self.b_dec).unsqueeze(-2)
         return x_hat + x @ frozen(self.W_skip).mT if self.settings.skip else x_hat
+
+    def fused_gradients(
+        self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None, moment: Moment, dtype: torch.dtype
+    ) -> StepResult | None:
+        own = {"b_mag": self.b_mag.detach(), "r_mag": self.r_mag.detach(), "frozen": self.settings.frozen_auxiliary}
+        weight, free = moment.sparsity * self.l1_coefficient, self.settings.decoder == "free"
+        found = dense_gradients(self, x, target, moment, dtype, weight, free, bias="b_gate", **own)
+        if found is None:
+            return None
+        return found.result._replace(terms={"l1_gate": found.l1, "auxiliary": found.dense.auxiliary})
 
     def inference_values(self, values: Mapping[str, Tensor], shift: Tensor | float) -> dict[str, Tensor]:
         r_mag = values["r_mag"]

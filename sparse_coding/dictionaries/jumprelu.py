@@ -28,7 +28,9 @@ from torch import Tensor
 from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
 from sparse_coding.dictionaries.linear import LinearDictionary
 from sparse_coding.dictionaries.linear_settings import LinearSettings, require_weight
+from sparse_coding.dictionaries.sparse import sparse_gradients
 from sparse_coding.errors import UserError
+from sparse_coding.kernels.result import StepResult
 
 Penalty = Literal["l0", "tanh"]
 TANH_SLOPE = 4.0
@@ -145,6 +147,32 @@ class JumpReLU(LinearDictionary):
         penalty = torch.where(self.target_l0 > 0, off_target, active)
         total = self.error(x_hat, target, moment) + moment.sparsity * self.l0_coefficient * penalty
         return self.finish(total, {"penalty": penalty}, pre, f, x_hat, target, moment)
+
+    def fused_gradients(
+        self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None, moment: Moment, dtype: torch.dtype
+    ) -> StepResult | None:
+        if self.settings.penalty != "l0":
+            return None
+        threshold, bandwidth = self.threshold.detach(), self.bandwidth
+        fast = sparse_gradients(
+            self, x, target, moment, dtype, rule="above", threshold=threshold.contiguous(), window=bandwidth
+        )
+        if fast is None:
+            return None
+        result, inside, n_inside = fast.result, fast.sparse.inside, fast.sparse.n_inside
+        assert inside is not None
+        assert n_inside is not None
+        active, target_l0 = result.active.sum(1) / len(x), self.target_l0.clamp(min=1e-6)
+        off_target = active / target_l0 - 1
+        aims = self.target_l0 > 0
+        penalty, slope = (
+            torch.where(aims, off_target.square(), active),
+            torch.where(aims, 2 * off_target / target_l0, 1.0),
+        )
+        weight = moment.sparsity * self.l0_coefficient
+        through_f, through_l0 = threshold * inside, (weight * slope / len(x)).unsqueeze(1) * n_inside
+        result.gradients["threshold"] = -(through_f + through_l0) / bandwidth.unsqueeze(1)
+        return result._replace(loss=result.loss + weight * penalty, terms={"penalty": penalty, **result.terms})
 
     def inference_values(self, values: Mapping[str, Tensor], shift: Tensor | float) -> dict[str, Tensor]:
         return {"b_enc": values["b_enc"] + shift, "threshold": values["threshold"]}

@@ -26,6 +26,7 @@ from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
 from sparse_coding.dictionaries.batch_selecting import BatchSelecting, BatchSelectingSettings
 from sparse_coding.dictionaries.selection import group_ends, random_ends
 from sparse_coding.errors import UserError
+from sparse_coding.kernels.result import StepResult
 
 Prefixes = Literal["fixed", "random"]
 
@@ -90,3 +91,12 @@ class Matryoshka(BatchSelecting):
             first = end
         total = torch.stack(errors).sum(0)
         return self.finish(total, {"shortest_prefix": errors[0]}, pre, f, x_hat, target, moment, state)
+
+    def fused_gradients(
+        self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None, moment: Moment, dtype: torch.dtype
+    ) -> StepResult | None:
+        fast = self.nested_gradients(x, target, moment, dtype, tuple(self.ends(moment.step)))
+        if fast is None:
+            return None
+        result, errors = fast
+        return result._replace(terms={"shortest_prefix": errors[:, 0], **result.terms})

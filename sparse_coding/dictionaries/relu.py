@@ -21,11 +21,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
+from sparse_coding.dictionaries.dense import dense_gradients
 from sparse_coding.dictionaries.linear import LinearDictionary
 from sparse_coding.dictionaries.linear_settings import LinearSettings, require_weight
+from sparse_coding.dictionaries.sparse import sparse_gradients
 from sparse_coding.errors import UserError
-from sparse_coding.kernels.relu import relu_l1_step
 from sparse_coding.kernels.result import StepResult
+
+DENSEST = 1 / 16
+"""Share of active entries above which the dense step is faster than the sparse one; measured, see docs/kernels.md."""
 
 L1Scaling = Literal["toy-2023", "mean", "sum"]
 
@@ -104,23 +108,32 @@ class ReLU(LinearDictionary):
     def fused_gradients(
         self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None, moment: Moment, dtype: torch.dtype
     ) -> StepResult | None:
-        settings = self.settings
-        reviving = moment.dead is not None and settings.dead_latents != "none"
-        plain = settings.d_out is None and settings.error == "mse" and moment.error is None and not reviving
-        if not plain or settings.decoder == "free" or (settings.decoder_bias and not settings.subtract_b_dec):
+        return self._sparse(x, target, moment, dtype) or self._dense(x, target, moment, dtype)
+
+    def _sparse(
+        self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None, moment: Moment, dtype: torch.dtype
+    ) -> StepResult | None:
+        """The step once few latents of a row are active; None before."""
+        if self.settings.decoder == "free":
             return None
         error_weight, l1_weight = self.weights
-        values = self.tensors()
-        return relu_l1_step(
-            x,
-            values.get("W_enc"),
-            values["b_enc"],
-            values["W_dec"],
-            values.get("b_dec"),
-            error_weight,
-            l1_weight * moment.sparsity * self.l1_coefficient,
-            dtype,
+        weight = l1_weight * moment.sparsity * self.l1_coefficient
+        if self.settings.error != "mse":
+            error_weight = 1.0
+        fast = sparse_gradients(
+            self, x, target, moment, dtype, error_weight, DENSEST, rule="above", penalty=weight / len(x)
         )
+        if fast is None:
+            return None
+        return fast.result._replace(loss=fast.result.loss + weight * fast.result.l1)
+
+    def _dense(
+        self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None, moment: Moment, dtype: torch.dtype
+    ) -> StepResult | None:
+        error_weight, l1_weight = self.weights
+        weight = l1_weight * moment.sparsity * self.l1_coefficient
+        found = dense_gradients(self, x, target, moment, dtype, weight, self.settings.decoder == "free", error_weight)
+        return found and found.result
 
     @property
     def saelens_architecture(self) -> dict[str, Any]:

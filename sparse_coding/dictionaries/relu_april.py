@@ -22,8 +22,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
+from sparse_coding.dictionaries.dense import dense_gradients
 from sparse_coding.dictionaries.linear import LinearDictionary
 from sparse_coding.dictionaries.linear_settings import Decoder, LinearSettings, require_weight
+from sparse_coding.kernels.result import StepResult
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,13 @@ class ReLUApril(LinearDictionary):
         penalty = (f.mean(-2) * self.norms).sum(-1)
         total = self.error(x_hat, target, moment) + moment.sparsity * self.l1_coefficient * penalty
         return self.finish(total, {"penalty": penalty}, pre, f, x_hat, target, moment)
+
+    def fused_gradients(
+        self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None, moment: Moment, dtype: torch.dtype
+    ) -> StepResult | None:
+        weight = moment.sparsity * self.l1_coefficient
+        found = dense_gradients(self, x, target, moment, dtype, weight, counts_norms=True)
+        return found and found.result._replace(terms={"penalty": found.l1})
 
     @property
     def saelens_architecture(self) -> dict[str, Any]:

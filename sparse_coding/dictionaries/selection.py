@@ -102,13 +102,13 @@ DECAY = 0.99
 
 
 def following_threshold(
-    threshold: Float[Tensor, "... d_sae"], seen: Float[Tensor, "..."], f: Float[Tensor, "... B d_sae"]
+    threshold: Float[Tensor, "... d_sae"], seen: Float[Tensor, "..."], smallest: Float[Tensor, "..."]
 ) -> tuple[Float[Tensor, "... d_sae"], Float[Tensor, "..."]]:
     """(the running mean of the smallest code kept, how many batches it is of) with this batch, from those before.
 
-    Weights are 0.99^age and sum to 1 from the first batch on. A batch that keeps no positive code does not count.
+    Weights are 0.99^age and sum to 1 from the first batch on. A batch that keeps no positive code (infinity) does not
+    count.
     """
-    smallest = smallest_kept(f)
     counts = smallest.isfinite()
     seen = seen + counts
     rate = (1 - DECAY) / (1 - DECAY ** seen.clamp(min=1))

@@ -25,7 +25,9 @@ from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
 from sparse_coding.dictionaries.linear import LinearDictionary
 from sparse_coding.dictionaries.linear_settings import DeadLatents, LinearSettings
 from sparse_coding.dictionaries.selection import largest_per_group, largest_per_row, require_k, warmed_up
+from sparse_coding.dictionaries.sparse import sparse_gradients
 from sparse_coding.errors import UserError
+from sparse_coding.kernels.result import StepResult
 
 Selection = Literal["topk", "abs", "group"]
 
@@ -95,6 +97,16 @@ class TopK(LinearDictionary):
             terms["multi_topk"] = self.error(self.decode(wide, x), target, moment) / 8
             total = total + terms["multi_topk"]
         return self.finish(total, terms, pre, f, x_hat, target, moment)
+
+    def fused_gradients(
+        self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None, moment: Moment, dtype: torch.dtype
+    ) -> StepResult | None:
+        settings = self.settings
+        if settings.selection == "group" or settings.multi_topk:
+            return None
+        k = warmed_up(self.k, moment.sparsity, settings.d_in, settings.d_sae).round().long()
+        fast = sparse_gradients(self, x, target, moment, dtype, rule="topk", k=k)
+        return fast and fast.result
 
     @property
     def saelens_architecture(self) -> dict[str, Any]:

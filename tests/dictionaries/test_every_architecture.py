@@ -154,7 +154,7 @@ def test_a_fused_step_equals_autograd_of_the_loss(case, dtype):
         return
     for name, value in slow.items():
         error = (fast.gradients[name] - value).norm() / value.norm()
-        assert error < 0.03, f"{name} is off by {error:.2%}"
+        assert error < 0.04, f"{name} is off by {error:.2%}"
     assert_close(fast.loss, losses.total, rtol=0.01, atol=0)
 
 

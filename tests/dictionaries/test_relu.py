@@ -78,12 +78,9 @@ def fused(settings, moment=PLAIN):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"d_out": 3},
-        {"d_out": 4},
         {"d_out": 3, "skip": True},
         {"error": "fvu"},
         {"error": "l2"},
-        {"subtract_b_dec": False},
     ],
     ids=str,
 )
@@ -108,6 +105,10 @@ def test_moments_that_the_fused_step_cannot_say_fall_back_to_autograd():
         {"decoder_bias": False, "subtract_b_dec": False},
         {"l1_scaling": "mean"},
         {"parts": (1, 3)},
+        {"d_out": 3},
+        {"d_out": 4},
+        {"subtract_b_dec": False},
+        {"decoder": "free"},
     ],
     ids=str,
 )

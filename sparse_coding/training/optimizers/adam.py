@@ -1,4 +1,4 @@
-"""Adam and AdamW: torch's own fused kernels on the members' views, so a member is exactly `torch.optim`'s."""
+"""Adam and AdamW: torch's own fused kernels on the members' views, or what gives the same bits: see adam_native.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
+from sparse_coding.kernels import adam_native
 from sparse_coding.training.optimizers.base import Group, StackedOptimizer, views
 
 if TYPE_CHECKING:
@@ -33,6 +34,16 @@ class Adam(StackedOptimizer):
         # One count for each parameter of each member, on the device, as the fused kernels want them.
         self.steps = {name: torch.zeros(len(lrs), device=value.device) for name, value in parameters.items()}
         self.counts = {group.lr: views(self.steps, group.members) for group in self.groups}
+        self.native = settings.weight_decay == 0 and adam_native.fits(parameters)
+
+    def apply(self, gradients: dict[str, Tensor], scale: float) -> None:
+        settings = self.settings
+        if self.native:
+            rates = [lr * scale for lr in self.lrs]
+            betas = (settings.beta1, settings.beta2)
+            if adam_native.step(self.parameters, gradients, self.moments, self.steps, rates, betas, settings.eps):
+                return
+        super().apply(gradients, scale)
 
     def update(self, group: Group, gradients: list[Tensor], lr: float) -> None:
         self.function(
