@@ -106,10 +106,12 @@ def report(arguments: Sequence[str]) -> None:
 
 def harvest(arguments: Sequence[str]) -> None:
     """keep a model's activations in a store, to train from again and again"""
-    from sparse_coding.harvest import HarvestFlags
+    from sparse_coding.harvest_flags import HarvestFlags
+
+    flags = parse(HarvestFlags, arguments, "python -m sparse_coding harvest", HarvestFlags.__doc__ or "")
     from sparse_coding.harvest import harvest as run
 
-    run(parse(HarvestFlags, arguments, "python -m sparse_coding harvest", HarvestFlags.__doc__ or ""))
+    run(flags)
 
 
 def store(arguments: Sequence[str]) -> None:

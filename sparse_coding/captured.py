@@ -24,7 +24,8 @@ from sparse_coding.dictionaries.normalise import joined
 from sparse_coding.errors import UserError
 from sparse_coding.files import file_sha256
 from sparse_coding.formats.saelens import Normalised
-from sparse_coding.run_settings import RunSettings, SourceFlags
+from sparse_coding.run_flags import SourceFlags
+from sparse_coding.run_settings import RunSettings
 from sparse_coding.sweep_flags import END_TO_END
 from sparse_coding.training.stream import NormalisedStream, Stream
 from sparse_coding.training.sweep import Member
@@ -254,10 +255,12 @@ def open_source(
 ) -> ActivationStream | EndToEndStream:
     """The stream of raw activations: shuffled rows, or whole contexts where the loss is end to end."""
     rows, loss = settings.training, settings.sweep.loss
+    check = settings.safety.nan == "stop"  # else the trainer looks, and leaves batches out
     if loss not in END_TO_END:
         return ActivationStream(
-            model, training, sites, batch_size=rows.batch_size, buffer_rows=rows.buffer_rows, seed=rows.data_seed
-        )
+            model, training, sites,
+            batch_size=rows.batch_size, buffer_rows=rows.buffer_rows, seed=rows.data_seed, check_finite=check,
+        )  # fmt: skip
     context = training.tokens.shape[1]
     if rows.batch_size % context:
         raise UserError(
@@ -266,8 +269,9 @@ def open_source(
         )
     per_batch = rows.batch_size // context
     return EndToEndStream(
-        model, training, sites, loss="ce" if loss == "ce" else "kl", contexts_per_batch=per_batch, seed=rows.data_seed
-    )
+        model, training, sites,
+        loss="ce" if loss == "ce" else "kl", contexts_per_batch=per_batch, seed=rows.data_seed, check_finite=check,
+    )  # fmt: skip
 
 
 def with_other_models(

@@ -71,8 +71,10 @@ def written_whole(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
             os.fsync(written.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which file it was
+            error.filename = str(path)
         raise
 
 

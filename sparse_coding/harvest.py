@@ -12,135 +12,37 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_coding.activations.capture import default_contexts_per_forward, rows_per_context, widths
+from sparse_coding.activations.capture import default_contexts_per_forward, widths
 from sparse_coding.activations.capture import rows as captured_rows
 from sparse_coding.activations.models import LanguageModel
+from sparse_coding.activations.passes import Passes
 from sparse_coding.activations.sites import Site, resolve_all
 from sparse_coding.activations.tokens import Contexts, contexts
 from sparse_coding.captured import context_length, open_model, open_tokenizer, revision
-from sparse_coding.config import count, to_dict
 from sparse_coding.device import pick_device
 from sparse_coding.errors import Interrupted, UserError
-from sparse_coding.files import file_sha256
-from sparse_coding.formats.nanogpt_file import checkpoint_file
+from sparse_coding.harvest_flags import HarvestFlags
+from sparse_coding.harvest_plan import measured, row_bytes, size
 from sparse_coding.language_models.processes import Processes, processes
 from sparse_coding.progress import Progress, duration, quantity
 from sparse_coding.provenance import provenance
-from sparse_coding.run_names import run_name
-from sparse_coding.run_settings import SourceFlags, TextFlags
-from sparse_coding.stores.codec import ITEMSIZE, Affine8, Codec, calibrate
+from sparse_coding.stores.codec import Affine8, calibrate
+from sparse_coding.stores.lease import only_writer
 from sparse_coding.stores.objects import Objects, open_objects
 from sparse_coding.stores.parts import PartObjects, begun_parts, drop_parts, join_parts
 from sparse_coding.stores.store import Manifest, Source, StoreWriter, found_manifest
 from sparse_coding.stores.writer import CALIBRATION_ROWS, rows_per_shard
 from sparse_coding.training.run_folder import differences
 from sparse_coding.training.stopping import Stopping, StopRequested
-
-
-@dataclass(frozen=True)
-class KeepFlags:
-    """What is kept, and where."""
-
-    tokens: str | None = None
-    """Activations to keep, such as 500k, 300M; by default all that the text gives. Text held out for evaluation
-    (--held-out) is never harvested."""
-    store: str | None = None
-    """A folder or s3://bucket/prefix. By default outputs/stores/ and a name of two words and a number that the same
-    settings give again; s3://bucket alone gets such a name below it."""
-    codec: Codec = "bf16"
-    """How numbers are stored: fp32, bf16, fp16, or int8, centred and scaled per channel: half of bf16."""
-    shard_rows: int | None = None
-    """Rows of one shard: a harvest goes on at the last whole one. By default what makes 64 MiB of the widest
-    site."""
-    keep_tokens: bool = False
-    """Keep token ids, contexts and positions beside the rows."""
-
-
-@dataclass(frozen=True)
-class HarvestFlags:
-    """Run a model over a text once and keep its activations at some sites, to train from again and again."""
-
-    model: SourceFlags = field(default_factory=SourceFlags)
-    text: TextFlags = field(default_factory=TextFlags)
-    keep: KeepFlags = field(default_factory=KeepFlags)
-
-    def __post_init__(self) -> None:
-        self.text.check()
-        if self.keep.tokens is not None and self.tokens < 1:  # type: ignore[operator]
-            raise UserError(f"--tokens is {self.keep.tokens}: it must be at least 1")
-        if self.keep.shard_rows is not None and self.keep.shard_rows < 1:
-            raise UserError(f"--shard-rows is {self.keep.shard_rows}: it must be at least 1")
-
-    @property
-    def tokens(self) -> int | None:
-        return None if self.keep.tokens is None else count(self.keep.tokens, "--tokens")
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that decide what is kept: a harvest can be continued with the same ones only."""
-        known = to_dict(self)
-        del known["keep"]["store"], known["model"]["device"]
-        checkpoint = checkpoint_file(self.model.model)
-        if checkpoint is not None and checkpoint.is_file():
-            known["checkpoint_sha256"] = file_sha256(checkpoint)
-        return known
-
-    def store(self) -> str:
-        """Where the store goes."""
-        given = self.keep.store
-        if given is None:
-            return str(Path("outputs") / "stores" / run_name(self.identity()))
-        if given.startswith("s3://") and "/" not in given.removeprefix("s3://").rstrip("/"):
-            return f"{given.rstrip('/')}/{run_name(self.identity())}"
-        return given
-
-
-class Passes:
-    """The forward passes over a text, in order, and the rows that each gives."""
-
-    def __init__(self, text: Contexts, per_forward: int):
-        self.text, self.per_forward = text, per_forward
-        counts = rows_per_context(text)
-        self.context_starts = np.concatenate([[0], np.cumsum(counts)])
-        """Rows before each context, and those of all."""
-        self.starts = self.context_starts[np.r_[np.arange(0, len(counts), per_forward), len(counts)]]
-        """Rows before each pass, and those of all."""
-
-    @property
-    def rows(self) -> int:
-        return int(self.starts[-1])
-
-    def contexts(self, number: int) -> slice:
-        return slice(number * self.per_forward, min((number + 1) * self.per_forward, len(self.text.tokens)))
-
-    def within(self, first: int, last: int) -> Iterator[tuple[int, slice]]:
-        """Passes that give rows [first, last), and which of their rows those are."""
-        for number in range(int(np.searchsorted(self.starts, first, side="right")) - 1, len(self.starts) - 1):
-            start, stop = int(self.starts[number]), int(self.starts[number + 1])
-            if start >= last:
-                return
-            if chosen := range(max(first, start), min(last, stop)):
-                yield number, slice(chosen.start - start, chosen.stop - start)
-
-    def columns(self, number: int, chosen: slice) -> dict[str, np.ndarray]:
-        """Token id, context and position of rows of a pass."""
-        which = self.contexts(number)
-        tokens = np.asarray(self.text.tokens[which])
-        mask = np.ones(tokens.shape, bool) if self.text.mask is None else self.text.mask[which]
-        context, position = np.nonzero(mask)
-        found = {"token": tokens[mask], "context": context + which.start, "position": position}
-        return {name: column[chosen] for name, column in found.items()}
-
 
 HALF_WRITTEN = re.compile(r"(\d+\.safetensors|manifest\.json)\.\w{8}")
 """Names of files that have not yet taken their own (`sparse_coding.files`)."""
@@ -182,9 +84,10 @@ def harvest(flags: HarvestFlags) -> str:
 
 @contextlib.contextmanager
 def own(store: str) -> Iterator[None]:
-    """A folder locked for this process, so that two harvests never write one store; S3 has no locks."""
+    """A store of this process alone, so that two harvests never write one: a locked folder, or a lease on S3."""
     if "://" in store:
-        yield
+        with only_writer(open_objects(store)):
+            yield
         return
     folder = Path(store)
     new = not folder.exists()
@@ -297,8 +200,7 @@ class _Harvest:
             )
 
     def bytes_of(self, rows: int) -> int:
-        tokens = 16 if self.flags.keep.keep_tokens else 0
-        return rows * (sum(self.widths.values()) * ITEMSIZE[self.flags.keep.codec] + tokens)
+        return rows * row_bytes(self.widths, self.flags.keep.codec, self.flags.keep.keep_tokens)
 
     def go(self) -> None:
         """This process's rows into its part of the store; the first joins the parts."""
@@ -358,7 +260,7 @@ class _Harvest:
         total, flags = self.last - self.first, self.flags.keep
         left = self.passes.within(self.first + writer.rows, self.last)
         if self.everyone.first:
-            self._describe(writer.rows)
+            self._describe(writer)
         label = "harvesting" if self.everyone.size == 1 else f"harvesting (process 0 of {self.everyone.size})"
         # Others are silent: their shares are as large.
         progress = Progress(label, total, "rows", writer.rows, 10.0 if self.everyone.first else float("inf"))
@@ -380,16 +282,9 @@ class _Harvest:
             self.model, passes.text, which, list(self.sites.values()), contexts_per_forward=passes.per_forward
         )
 
-    def _describe(self, done: int) -> None:
-        """Say what will be done and about how long it takes, from the quicker of two forward passes."""
-        number, chosen = next(self.passes.within(self.first + done, self.last), (0, slice(1)))
-        times = []
-        for _ in range(2):
-            began = time.perf_counter()
-            for x in self._rows(number).values():
-                x[chosen][-1:].cpu()  # a GPU has then done it
-            times.append(time.perf_counter() - began)
-        rate = int(self.passes.starts[number + 1] - self.passes.starts[number]) / min(times)
+    def _describe(self, writer: StoreWriter) -> None:
+        """Say what will be done and about how long it takes."""
+        done, total = writer.rows, self.last - self.first
         rows, shards = self.passes.rows, -(-self.passes.rows // self.shard_rows)
         text, keep = self.passes.text, self.flags.keep
         shown = ", ".join(f"{name} (width {width})" for name, width in self.widths.items())
@@ -399,12 +294,16 @@ class _Harvest:
             print(f"note: --tokens is {keep.tokens}, the text has no more")
         if done:
             print(f"continuing after {done:,} rows")
-        seconds = (self.last - self.first - done) / rate
+        if done == total:
+            return
+        number, _ = next(self.passes.within(self.first + done, self.last))
+        next_file = writer.manifest.file_name(next(iter(self.widths)), len(writer.manifest.shards))
+        cost = measured(lambda: self._rows(number), keep.codec, writer.objects, next_file, self.bytes_of(1))
         sharing = f", {self.everyone.size} processes" if self.everyone.size > 1 else ""
         print(
             f"plan: {rows:,} rows as {keep.codec} in {shards} shards of {self.shard_rows:,}: "
-            f"{size(self.bytes_of(rows))}; {quantity(rate)} rows/s in the model (measured on one pass), "
-            f"about {duration(seconds)} and what writing adds{sharing}",
+            f"{size(self.bytes_of(rows))}; {cost} (measured on one pass), about "
+            f"{duration(cost.seconds(total - done))}{sharing}",
             flush=True,
         )
 
@@ -429,11 +328,3 @@ def settled(manifest: Manifest, widths: Mapping[str, int]) -> dict[str, Any]:
         "keep_tokens": bool(manifest.tokens),
         "sites": dict(widths),
     }
-
-
-def size(n_bytes: float) -> str:
-    """A number of bytes as people say it."""
-    for limit, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
-        if n_bytes >= limit:
-            return f"{n_bytes / limit:.3g} {unit}"
-    return f"{n_bytes / 1024:.3g} KiB"

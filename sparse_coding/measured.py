@@ -16,6 +16,7 @@ from sparse_coding.activations.capture import rows as captured_rows
 from sparse_coding.activations.capture import splice
 from sparse_coding.captured import Captured
 from sparse_coding.dictionaries import Dictionary
+from sparse_coding.errors import UserError
 from sparse_coding.evaluation import record, stability
 from sparse_coding.latents import top_contexts
 from sparse_coding.metrics.behaviour import behaviour
@@ -44,7 +45,7 @@ def evaluate(settings: RunSettings, captured: Captured, trainer: Trainer, folder
 
     on = "held-out text" if captured.held_out is not None else "rows of the stores kept out of training"
     print(f"evaluating {len(members)} dictionaries on {on}", flush=True)
-    kept = held_out(captured, settings.eval_rows)
+    kept = only_finite(held_out(captured, settings.eval_rows), settings.safety.nan == "skip")
     recovered = loss_recovered(settings, captured, members, inference, kept)
     with_larger = stability(members, inference)
     records = []
@@ -97,6 +98,23 @@ def held_out(captured: Captured, wanted: int) -> HeldOut:
         found = captured_rows(model, kept, slice(n_contexts), list(dict.fromkeys(there.values())))
         rows |= {name: found[site][: len(places)].float().to(captured.device) for name, site in there.items()}
     return HeldOut(with_joined(captured, rows), places)
+
+
+def only_finite(kept: HeldOut, skip: bool) -> HeldOut:
+    """The rows that are numbers at every site; raises UserError where some are not and `skip` is off."""
+    finite = torch.stack([x.isfinite().all(1).cpu() for x in kept.rows.values()]).all(0)
+    n_bad = len(finite) - int(finite.sum())
+    if not n_bad:
+        return kept
+    told = f"{n_bad:,} of {len(finite):,} held-out activations are NaN or infinity"
+    if not skip or n_bad == len(finite):
+        raise UserError(
+            f"{told}, so nothing can be measured on them; what was trained is saved: "
+            + ("use another model or site" if skip else "start the same command with --nan skip to leave them out")
+        )
+    print(f"{told}: they are left out; loss recovered is null where the model itself gives no number", flush=True)
+    rows = {site: x[finite.to(x.device)] for site, x in kept.rows.items()}
+    return HeldOut(rows, None if kept.places is None else kept.places[finite])
 
 
 def with_joined(captured: Captured, rows: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,31 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_coding.activations.capture import widths
-from sparse_coding.activations.sites import resolve_all
-from sparse_coding.activations.tokens import Contexts
-from sparse_coding.captured import (
-    Captured,
-    FromStores,
-    Place,
-    context_length,
-    open_model,
-    open_tokenizer,
-    packed_text,
-    prepared,
-    revision,
-    target_sites,
-)
+from sparse_coding.captured import Captured, FromStores, Place, prepared, target_sites
 from sparse_coding.device import pick_device
 from sparse_coding.errors import UserError, near
 from sparse_coding.progress import quantity
-from sparse_coding.run_settings import DEFAULT_MODEL, ModelFlags, RunSettings, StoreFlags, TextFlags
+from sparse_coding.run_flags import DEFAULT_MODEL, StoreFlags
+from sparse_coding.run_settings import RunSettings
+from sparse_coding.stored_text import as_harvested, reading
 from sparse_coding.stores.objects import open_objects
 from sparse_coding.stores.parts import begun_parts
 from sparse_coding.stores.store import MANIFEST, Store
@@ -253,87 +241,3 @@ class RowsApart:
                     found[site].append(store.decode(site, stored).to(self.device))
                 left -= count
         return {site: torch.cat(parts)[:wanted] for site, parts in found.items()}
-
-
-# ---- the model and the text
-
-
-@dataclass
-class Reading:
-    """What dictionaries are measured on."""
-
-    model: Any
-    tokenizer: Any
-    held_out: Contexts
-
-
-def as_harvested(settings: RunSettings, stores: Sequence[Store], names: Sequence[str]) -> RunSettings:
-    """The settings with model, text and sites of the harvest, unless others are named."""
-    source = stores[0].manifest.source
-    text = source.text if isinstance(source.text, dict) else {}
-    read_as = _mapping(text.get("reading"))
-    model: ModelFlags = replace(settings.model, sites=tuple(names))
-    if model.model == DEFAULT_MODEL:
-        model = replace(
-            model,
-            model=source.model,
-            gelu=model.gelu or read_as.get("gelu"),
-            tokenizer=model.tokenizer or _mapping(source.tokenizer).get("name"),
-        )
-    flags = settings.text
-    if flags.text is None:
-        known = _mapping(text.get("text"))
-        shares = [_mapping(store.manifest.source.text).get("held_out") for store in stores]
-        flags = TextFlags(
-            text=known.get("source"),
-            text_config=known.get("config"),
-            text_split=known.get("split") or "train",
-            text_column=known.get("column"),
-            streaming=bool(read_as.get("streaming")),
-            max_documents=known.get("max_documents"),
-            held_out=min((share for share in shares if isinstance(share, float) and share), default=0.05),
-            context=source.context,
-            exclude_special=source.exclude_special,
-        )
-    elif flags.context is None:
-        flags = replace(flags, context=source.context)
-    return replace(settings, model=model, text=flags)
-
-
-def reading(settings: RunSettings, store: Store, sites: Sequence[str]) -> Reading:
-    """The model of the store and text that was not harvested. Raises UserError where they are not at hand."""
-    source = store.manifest.source
-    if settings.text.text is None:
-        raise UserError(f"the store {store.url} does not say which text it is of")
-    model, _ = open_model(settings.model)
-    now = revision(model)
-    same_kind = source.revision is not None and source.revision.partition(" ")[0] == now.partition(" ")[0]
-    if same_kind and now != source.revision:
-        raise UserError(
-            f"the model {settings.model.model} is not the one that {store.url} was harvested from ({now[:20]} here, "
-            f"{source.revision[:20]} there): name that with --model"  # type: ignore[index]
-        )
-    resolve_all(model, sites)
-    for site, width in widths(model, list(sites)).items():
-        if width != store.widths[site]:
-            raise UserError(f"{site} is {width} wide in {settings.model.model} and {store.widths[site]} in {store.url}")
-    tokenizer = open_tokenizer(settings.model, model)
-    held_out = packed_text(settings, tokenizer, context_length(settings.text.context, model), "held_out")
-    harvested = _mapping(source.text)
-    if held_out.identity["tokenizer"] != harvested.get("tokenizer", held_out.identity["tokenizer"]):
-        raise UserError(f"the tokenizer is not the one that {store.url} was harvested with: name that with --tokenizer")
-    then, here = _mapping(harvested.get("text")), held_out.identity["text"]
-    if then.get("source") == here["source"] and then != here:
-        raise UserError(
-            f"the text {here['source']} has changed since {store.url} was harvested: name another with --text"
-        )
-    if then == here and settings.text.held_out > (harvested.get("held_out") or 1):
-        raise UserError(
-            f"--held-out is {settings.text.held_out}: {harvested['held_out']} of the documents were kept out of the "
-            f"harvest of {store.url}, give no more"
-        )
-    return Reading(model, tokenizer, held_out)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -9,7 +9,7 @@ import pytest
 from sparse_coding.__main__ import VERBS, SitesFlags, main
 from sparse_coding.activations.models import bundled_models
 from sparse_coding.errors import UserError
-from sparse_coding.run_settings import DEFAULT_MODEL
+from sparse_coding.run_flags import DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[1]
 

@@ -67,12 +67,16 @@ class EndToEndStream:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         contexts_per_forward: int | None = None,
+        check_finite: bool = True,
     ) -> None:
         """dtype: of the rows served. contexts_per_forward: contexts the model reads at once; None by device and memory.
+
+        check_finite: False serves NaN and infinity too, to a trainer that leaves such batches out.
 
         Raises UserError for a loss that the model has not, masked tokens, and less text than one batch.
         """
         self.model, self.contexts, self.loss, self.seed, self.dtype = model, contexts, loss, seed, dtype
+        self.check_finite = check_finite
         self.sites = resolve_all(model, sites)
         n_contexts, self.context = contexts.tokens.shape
         self.contexts_per_batch, self.batch_size = contexts_per_batch, contexts_per_batch * self.context
@@ -92,7 +96,7 @@ class EndToEndStream:
         self._held: _Batch | None = None
 
     def batch(self, step: int) -> dict[str, Float[Tensor, "B d"]]:
-        """Batch number `step` of each site, on the model's device. Raises UserError for NaN or infinity."""
+        """Batch number `step` of each site, on the model's device. UserError for NaN or infinity (check_finite)."""
         batch = self._at(step)
         if batch.rows is None:
             start = time.perf_counter()
@@ -103,8 +107,9 @@ class EndToEndStream:
                 list(self.sites.values()),
                 contexts_per_forward=self.contexts_per_forward,
             )
-            for name, x in batch.rows.items():
-                self._check_finite(name, x, batch.chosen)
+            if self.check_finite:
+                for name, x in batch.rows.items():
+                    self._refuse_not_finite(name, x, batch.chosen)
             self.seconds_capturing += time.perf_counter() - start
             self.rows_captured += self.batch_size
         return {name: x.to(self.dtype) for name, x in batch.rows.items()}
@@ -229,7 +234,7 @@ class EndToEndStream:
                 f"{self.contexts_per_batch}: give more text, a shorter context or a smaller batch"
             )
 
-    def _check_finite(self, name: str, x: Float[Tensor, "B d"], chosen: Int[np.ndarray, " C"]) -> None:
+    def _refuse_not_finite(self, name: str, x: Float[Tensor, "B d"], chosen: Int[np.ndarray, " C"]) -> None:
         bad = (~torch.isfinite(x).all(1)).nonzero().flatten()
         if not len(bad):
             return
@@ -238,7 +243,7 @@ class EndToEndStream:
         advice = "use another model or site" if dtype == "float32" else f"{dtype} may overflow, so load it in float32"
         raise UserError(
             f"the activations at {name} hold NaN or infinity in {len(bad)} of {len(x)} rows, first in context "
-            f"{int(chosen[which])} at position {position}: {advice}"
+            f"{int(chosen[which])} at position {position}: {advice}, or leave such batches out with --nan skip"
         )
 
 

@@ -61,15 +61,17 @@ class ActivationStream:
         dtype: torch.dtype = torch.float32,
         contexts_per_forward: int | None = None,
         shuffled: bool = True,
+        check_finite: bool = True,
     ) -> None:
         """dtype: of the rows served. contexts_per_forward: contexts the model reads at once, by default by device.
 
-        shuffled: False serves the rows in the order of the text, for comparisons; `seed` is then unused.
+        shuffled: False serves the rows in the order of the text, for comparisons; `seed` is then unused. check_finite:
+        False serves NaN and infinity too, to a trainer that leaves such batches out.
 
         Raises UserError when the text gives fewer rows than one batch, or the buffer holds fewer.
         """
         self.model, self.contexts, self.batch_size, self.seed, self.dtype = model, contexts, batch_size, seed, dtype
-        self.shuffled = shuffled
+        self.shuffled, self.check_finite = shuffled, check_finite
         self.sites = resolve_all(model, sites)
         self.contexts_per_forward = contexts_per_forward or default_contexts_per_forward(model, contexts)
         self._counts = rows_per_context(contexts)
@@ -91,7 +93,7 @@ class ActivationStream:
         return self.rows_per_epoch // self.batch_size
 
     def batch(self, step: int) -> dict[str, Float[Tensor, "B d_in"]]:
-        """Batch number `step` of each site, on the model's device. Raises UserError for NaN or infinity."""
+        """Batch number `step` of each site, on the model's device. UserError for NaN or infinity (check_finite)."""
         assert step >= 0
         position, left = step * self.batch_size, self.batch_size
         parts: dict[str, list[Tensor]] = {name: [] for name in self.sites}
@@ -145,8 +147,9 @@ class ActivationStream:
                 list(self.sites.values()),
                 contexts_per_forward=self.contexts_per_forward,
             )
-            for name, x in captured.items():
-                self._check_finite(name, x, chosen)
+            if self.check_finite:
+                for name, x in captured.items():
+                    self._refuse_not_finite(name, x, chosen)
             n_rows = int(epoch.starts[index + 1] - epoch.starts[index])
             order = self._permutation(n_rows, *key)
             self._block = _Block(key, captured, order.to(self.model.device))
@@ -157,7 +160,7 @@ class ActivationStream:
     def _permutation(self, n: int, *key: int) -> Int[Tensor, " n"]:
         return torch.randperm(n, generator=keyed_generator(self.seed, *key)) if self.shuffled else torch.arange(n)
 
-    def _check_finite(self, name: str, x: Float[Tensor, "rows d_in"], chosen: Int[np.ndarray, " n"]) -> None:
+    def _refuse_not_finite(self, name: str, x: Float[Tensor, "rows d_in"], chosen: Int[np.ndarray, " n"]) -> None:
         """One sum per block; only where it is not finite, which large finite values can cause too, a closer look."""
         if torch.isfinite(x.sum(dtype=torch.float32)):
             return
@@ -179,7 +182,7 @@ class ActivationStream:
         )
         raise UserError(
             f"the activations at {name} hold NaN or infinity in {len(bad)} of {len(x)} rows, first in context "
-            f"{context} at position {position}: {advice}"
+            f"{context} at position {position}: {advice}, or leave such batches out with --nan skip"
         )
 
 

@@ -10,12 +10,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from sparse_coding.errors import UserError
+from sparse_coding.training.stream import MOST_SKIPPED
 
 if TYPE_CHECKING:
     from sparse_coding.training.trainer import Trainer
-
-MOST_SKIPPED = 20
-"""Batches left out one after another before the run stops: by then it is no bad batch."""
 
 
 class NotFinite(Exception):

@@ -97,9 +97,33 @@ class NormalisedStream:
 
 
 WHITENING_ROWS = 65_536
+MOST_SKIPPED = 20
+"""Batches with NaN or infinity one after another that are passed over or left out: more are no accident."""
 
 
 def first_rows(stream: Stream, wanted: int) -> dict[str, Float[Tensor, "N d_in"]]:
-    """The first batches of each site, float32, at least `wanted` rows in all (at least one batch)."""
-    batches = [stream.batch(step) for step in range(max(1, -(-wanted // stream.batch_size)))]
+    """The first batches of each site, float32, at least `wanted` rows in all (at least one batch).
+
+    Batches with NaN or infinity are passed over: whether they stop the run is the trainer's to say. Raises `UserError`
+    where too many follow each other.
+    """
+    batches: list[dict[str, Tensor]] = []
+    step = bad = 0
+    while len(batches) * stream.batch_size < max(1, wanted):
+        batch, step = stream.batch(step), step + 1
+        if sound(batch):
+            batches.append(batch)
+            bad = 0
+            continue
+        bad += 1
+        if bad == MOST_SKIPPED:
+            raise UserError(
+                f"the activations at {', '.join(batch)} hold NaN or infinity in batch after batch (batches "
+                f"{step - bad + 1:,} to {step:,}): use another model, site or model dtype"
+            )
     return {site: torch.cat([batch[site] for batch in batches]).float() for site in batches[0]}
+
+
+def sound(batch: Mapping[str, Tensor]) -> bool:
+    """Whether all rows of a batch, and their squares, are numbers; waits for the device."""
+    return all(bool(x.float().square().sum().isfinite()) for x in batch.values())

@@ -27,7 +27,7 @@ from sparse_coding.training.safety import CheckpointClock, Safety
 from sparse_coding.training.settings import TrainingSettings
 from sparse_coding.training.stack import Stack
 from sparse_coding.training.stopping import Stopping, StopRequested
-from sparse_coding.training.stream import Stream
+from sparse_coding.training.stream import Stream, sound
 from sparse_coding.training.sweep import Member, split_into_stacks, stack_bytes
 
 __all__ = ["StepError", "Trainer", "TrainingSettings"]
@@ -198,6 +198,8 @@ class Trainer:
         """
         n_batches = max(1, self.settings.dead.resample_rows // self.stream.batch_size)
         batches = (self._read(self.step + i) for i in range(n_batches))
+        if self.safety.nan == "skip":
+            batches = filter(sound, batches)
         resample(self.stacks, batches, self._moment(self.stacks[0])._replace(error=None))
         self.resampling = False
 

@@ -220,10 +220,10 @@ def test_a_model_that_overflows_in_half_precision_is_told_to_use_float32():
 def test_large_values_whose_sum_overflows_are_no_mistake(model):
     stream = stream_of(model, contexts_of())
     large = torch.full((2 * LENGTH, 3), 3e38)
-    stream._check_finite(SITES[0], large, np.array([0, 1]))
+    stream._refuse_not_finite(SITES[0], large, np.array([0, 1]))
     large[17, 2] = float("nan")
     with pytest.raises(UserError, match="1 of 24 rows, first in context 1 at position 5"):
-        stream._check_finite(SITES[0], large, np.array([0, 1]))
+        stream._refuse_not_finite(SITES[0], large, np.array([0, 1]))
 
 
 def test_settings_that_cannot_work_say_what_to_set(model):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from sparse_coding.harvest import harvest
+from sparse_coding.pipeline import run
+from tests.end_to_end.harvesting import HIDDEN, flags, run_flags, settings
+from tests.end_to_end.lives import Lives
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +50,22 @@ def small_gpt2(tmp_path_factory: pytest.TempPathFactory, small_text: Path) -> Pa
     return folder
 
 
+@pytest.fixture(scope="session")
+def harvested(small_gpt2, small_text, tmp_path_factory) -> Path:
+    """Three sites in fp32, with tokens, in ten shards."""
+    os.environ["SPARSE_CODING_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+    store = tmp_path_factory.mktemp("stores") / "one"
+    harvest(flags(small_gpt2, small_text, store, "--codec", "fp32", "--keep-tokens"))
+    return store
+
+
+@pytest.fixture(scope="session")
+def trained(harvested, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "stored"
+    run(settings(*run_flags(harvested, out, "--sites", HIDDEN)))
+    return out
+
+
 @pytest.fixture
 def command(tmp_path: Path):
     """Run one of the project's commands as a user does; returns the finished process."""
@@ -53,3 +76,11 @@ def command(tmp_path: Path):
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
+    """Processes of the project's commands that can be killed at any moment."""
+    found = Lives(tmp_path_factory.mktemp("lives"))
+    yield found
+    found.close()

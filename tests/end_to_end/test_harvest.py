@@ -1,10 +1,9 @@
-"""harvest and run.py --activations as their users meet them: whole, killed, shared by processes, and given nonsense."""
+"""`harvest` as its users meet it: whole, shared by processes, stopped, and given nonsense."""
 
 from __future__ import annotations
 
-import json
+import errno
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -15,66 +14,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sparse_coding.activations.capture import rows as captured_rows
+from sparse_coding.activations.passes import Passes
 from sparse_coding.config import parse
 from sparse_coding.errors import Interrupted, UserError, reported
-from sparse_coding.harvest import HarvestFlags, Passes, harvest
+from sparse_coding.harvest import harvest
+from sparse_coding.harvest_flags import HarvestFlags
 from sparse_coding.pipeline import run
-from sparse_coding.run_settings import RunSettings
 from sparse_coding.stores.store import Store
-from sparse_coding.training.run_folder import read_lines
-
-ROOT = Path(__file__).resolve().parents[2]
-HIDDEN, BEFORE, AFTER = "blocks.1.mlp.hook_post", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"
-SMALL = (
-    "--tokens 8k --batch-size 128 --buffer-rows 2048 --eval-rows 1k --splice-tokens 500 "
-    "--ratios 0.5 1 --l1 0.5 4 --latents 5"
+from tests.end_to_end.harvesting import (
+    AFTER,
+    BEFORE,
+    HIDDEN,
+    files,
+    flags,
+    manifest,
+    run_flags,
+    settings,
+    words_of,
 )
 
-
-def words_of(model: Path, text: Path, store: Path | str, *more: str) -> list[str]:
-    usual = ["--sites", HIDDEN, BEFORE, AFTER] if "--sites" not in more and "--layer" not in more else []
-    shards = [] if "--shard-rows" in more else ["--shard-rows", "3000"]
-    return ["--model", str(model), "--text", str(text), "--store", str(store), *usual, *shards, *more]
-
-
-def flags(*given) -> HarvestFlags:
-    return parse(HarvestFlags, words_of(*given), "harvest", "")
-
-
-def settings(*words: str) -> RunSettings:
-    return parse(RunSettings, words, "run.py", "")
-
-
-def run_flags(store: Path, out: Path, *more: str) -> list[str]:
-    return ["--activations", str(store), *SMALL.split(), "--out", str(out), *more]
-
-
-def files(folder: Path, but: str = "") -> dict[str, bytes]:
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: data for name, data in found.items() if name != but}
-
-
-def manifest(store: Path) -> dict:
-    return json.loads((store / "manifest.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def harvested(small_gpt2, small_text, tmp_path_factory) -> Path:
-    """Three sites in fp32, with tokens, in ten shards."""
-    os.environ["SPARSE_CODING_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
-    store = tmp_path_factory.mktemp("stores") / "one"
-    harvest(flags(small_gpt2, small_text, store, "--codec", "fp32", "--keep-tokens"))
-    return store
-
-
-@pytest.fixture(scope="session")
-def trained(harvested, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "stored"
-    run(settings(*run_flags(harvested, out, "--sites", HIDDEN)))
-    return out
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # ---- what a harvest leaves
@@ -169,34 +130,11 @@ def many_shards(model: Path, text: Path, store: Path) -> list[str]:
     return words_of(model, text, store, "--shard-rows", "50", "--codec", "int8", "--keep-tokens")
 
 
-@pytest.mark.stress
-def test_a_harvest_killed_again_and_again_ends_with_the_same_files(small_gpt2, small_text, tmp_path):
-    whole, killed = tmp_path / "whole" / "s", tmp_path / "killed" / "s"
-    harvest(parse(HarvestFlags, many_shards(small_gpt2, small_text, whole), "", ""))
-    command = [sys.executable, "-m", "sparse_coding", "harvest", *many_shards(small_gpt2, small_text, killed)]
-    delays, kills = random.Random(0), 0
-    for _ in range(12):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        known, deadline = len(list(killed.glob("site-0/*"))), time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline and len(list(killed.glob("site-0/*"))) <= known:
-            time.sleep(0.005)
-        time.sleep(delays.uniform(0, 0.1))
-        if kills < 4 and process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait(120)
-        if process.returncode == 0:
-            break
-    assert process.returncode == 0, process.stderr.read().decode()
-    assert kills >= 2
-    assert files(whole) == files(killed)
-
-
 def test_sigterm_keeps_whole_shards_and_says_how_to_go_on(small_gpt2, small_text, tmp_path, monkeypatch):
     store = tmp_path / "s"
     words = [sys.executable, "-m", "sparse_coding", "harvest", *many_shards(small_gpt2, small_text, store)]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(store.glob("site-0/*")) and process.poll() is None:
+    while process.poll() is None and not (store / "site-0" / "00002.safetensors").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
@@ -241,47 +179,6 @@ def test_two_processes_leave_the_files_that_one_does(small_gpt2, small_text, tmp
     for key in set(one) - {"statistics", "run"}:
         assert one[key] == two[key], key
     assert not list(shared.glob("part-*"))
-
-
-@pytest.mark.stress
-def test_two_processes_killed_and_started_again_leave_the_files_that_one_does(small_gpt2, small_text, tmp_path):
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    harvest(parse(HarvestFlags, many_shards(small_gpt2, small_text, alone), "", ""))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sparse_coding"]
-    words += ["harvest", *many_shards(small_gpt2, small_text, shared)]
-    process = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while process.poll() is None and len(list(shared.glob("site-0/*"))) < 20:
-        time.sleep(0.005)
-    if process.poll() is not None:
-        pytest.skip("it ended before it could be killed")
-    threads = Path(f"/proc/{process.pid}/task").glob("*/children")
-    children = [int(one) for thread in threads for one in thread.read_text().split()]
-    assert len(children) >= 2
-    for number in (process.pid, *children):
-        os.kill(number, signal.SIGKILL)
-    process.wait()
-    while any(running(number) for number in children):
-        time.sleep(0.01)
-    time.sleep(1)  # their locks go with them
-    assert not (shared / "manifest.json").exists()
-    with pytest.raises(UserError, match=r"begun by 2 processes: continue it with torchrun --nproc_per_node=2"):
-        harvest(parse(HarvestFlags, many_shards(small_gpt2, small_text, shared), "", ""))
-    with pytest.raises(UserError, match=r"is not complete: 2 processes harvest it"):
-        run(settings(*run_flags(shared, tmp_path / "r")))
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "continuing after" in done.stdout
-    assert files(alone, "manifest.json") == files(shared, "manifest.json")
-
-
-def running(number: int) -> bool:
-    """Whether a process is there and not a zombie, which holds no lock."""
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 # ---- mistakes
@@ -336,6 +233,30 @@ def test_a_disk_that_is_too_small_is_said_beforehand(small_gpt2, small_text, tmp
         harvest(flags(small_gpt2, small_text, tmp_path / "s"))
 
 
+def test_a_disk_that_fills_up_names_the_shard_and_keeps_those_before(
+    small_gpt2, small_text, tmp_path, monkeypatch, capsys
+):
+    harvest(flags(small_gpt2, small_text, tmp_path / "whole" / "s"))
+    real, store = os.fsync, tmp_path / "full" / "s"
+
+    def full(handle: int) -> None:
+        if (store / "site-0" / "00003.safetensors").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr("sparse_coding.files.os.fsync", full)
+    with pytest.raises(SystemExit) as stop, reported():
+        harvest(flags(small_gpt2, small_text, store))
+    monkeypatch.undo()
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert line.startswith(f"error: the disk is full while writing {store}/")
+    assert "start the same command again" in line
+    assert not [name for name in files(store) if not name.endswith((".safetensors", ".json"))]
+    harvest(flags(small_gpt2, small_text, store))
+    assert files(store) == files(tmp_path / "whole" / "s")
+
+
 def test_nan_names_the_site_and_keeps_the_shards_before(small_gpt2, small_text, tmp_path, monkeypatch):
     from sparse_coding import harvest as module
 
@@ -352,255 +273,3 @@ def test_nan_names_the_site_and_keeps_the_shards_before(small_gpt2, small_text, 
     with pytest.raises(UserError, match=rf"{HIDDEN} hold NaN or infinity"):
         harvest(flags(small_gpt2, small_text, tmp_path / "s"))
     assert manifest(tmp_path / "s")["rows"] > 0
-
-
-# ---- run.py from stores
-
-
-def test_a_run_from_a_store_leaves_everything_that_a_live_one_does(trained):
-    records = read_lines(trained / "results.jsonl")
-    assert {(r["ratio"], r["l1_coefficient"]) for r in records} == {(0.5, 0.5), (0.5, 4.0), (1.0, 0.5), (1.0, 4.0)}
-    for record in records:
-        for name in ("fvu", "l0", "mse", "dead", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl_spliced"):
-            assert record["metrics"][name] is not None, name
-        assert record["site"] == HIDDEN
-    known = json.loads((trained / "settings.json").read_text())
-    assert 0 <= known["training"]["share_waiting"] <= 1
-    assert known["data"]["stores"]["measured_on"] == "held-out text"
-    assert known["data"]["stores"]["of"][0]["rows"] > 28_000
-    assert json.loads((trained / "latents.json").read_text())
-    report = (trained / "report.html").read_text()
-    assert "waiting for data" in report
-    assert "of the training time" in report
-    cfg = json.loads((trained / "dictionaries" / records[0]["name"] / "cfg.json").read_text())
-    assert cfg["metadata"]["context_size"] == 32
-
-
-def test_it_fits_as_well_as_a_live_one(trained, small_gpt2, small_text, tmp_path):
-    words = ["--model", str(small_gpt2), "--text", str(small_text), *SMALL.split(), "--layer", "1"]
-    run(settings(*words, "--out", str(tmp_path / "live")))
-    live = {r["name"]: r["metrics"] for r in read_lines(tmp_path / "live" / "results.jsonl")}
-    stored = {r["name"]: r["metrics"] for r in read_lines(trained / "results.jsonl")}
-    assert live.keys() == stored.keys()
-    for name, metrics in live.items():
-        assert metrics["ce_clean"] == stored[name]["ce_clean"]  # the same held-out text
-        assert metrics["fvu"] == pytest.approx(stored[name]["fvu"], rel=0.25)
-    assert "waiting for data" in (tmp_path / "live" / "report.html").read_text()
-
-
-def test_the_same_command_again_needs_no_store(trained, harvested, tmp_path):
-    moved = shutil.copytree(trained, tmp_path / "moved")
-    words = run_flags(harvested, moved, "--sites", HIDDEN)
-    (moved / "report.html").unlink()
-    shutil.move(harvested, tmp_path / "away")
-    try:
-        assert run(settings(*words)).exists()
-    finally:
-        shutil.move(tmp_path / "away", harvested)
-
-
-def test_all_sites_one_pass_by_default(harvested, tmp_path):
-    words = run_flags(harvested, tmp_path / "r", "--ratios", "1", "--l1", "1", "--batch-size", "512")
-    words[words.index("--tokens") : words.index("--tokens") + 2] = []
-    run(settings(*words))
-    assert {r["site"] for r in read_lines(tmp_path / "r" / "results.jsonl")} == {HIDDEN, BEFORE, AFTER}
-    log = read_lines(tmp_path / "r" / "log.jsonl")
-    assert log[-1]["step"] == Store.open(harvested).rows // 512
-
-
-def test_transcoders_and_crosscoders(harvested, tmp_path):
-    usual = ("--ratios", "1", "--l1", "1")
-    run(settings(*run_flags(harvested, tmp_path / "t", *usual, "--sites", BEFORE, "--target-sites", AFTER, "--skip")))
-    (record,) = read_lines(tmp_path / "t" / "results.jsonl")
-    assert (record["site"], record["target"]) == (BEFORE, AFTER)
-    assert record["metrics"]["ce_spliced"] is not None
-    for kind in ("mean-norm", "whiten", "layer-norm"):
-        out = tmp_path / f"c-{kind}"
-        run(
-            settings(*run_flags(harvested, out, *usual, "--sites", HIDDEN, BEFORE, "--crosscoder", "--normalise", kind))
-        )
-        (record,) = read_lines(out / "results.jsonl")
-        assert record["site"] == f"{HIDDEN}+{BEFORE}"
-        assert set(record["metrics"]["fvu_by_site"]) == {HIDDEN, BEFORE}
-
-
-def test_codecs_hardly_change_the_fit(trained, small_gpt2, small_text, tmp_path):
-    fp32 = {r["name"]: r["metrics"]["fvu"] for r in read_lines(trained / "results.jsonl")}
-    for codec, tolerance in (("bf16", 0.01), ("int8", 0.02)):
-        harvest(flags(small_gpt2, small_text, tmp_path / codec, "--codec", codec))
-        run(settings(*run_flags(tmp_path / codec, tmp_path / f"r-{codec}", "--sites", HIDDEN)))
-        for record in read_lines(tmp_path / f"r-{codec}" / "results.jsonl"):
-            assert record["metrics"]["fvu"] == pytest.approx(fp32[record["name"]], rel=tolerance)
-
-
-@pytest.mark.stress
-def test_a_run_from_a_store_killed_again_and_again_ends_with_the_same_bits(trained, harvested, tmp_path):
-    out = tmp_path / "killed"
-    words = [sys.executable, "run.py", *run_flags(harvested, out, "--sites", HIDDEN, "--checkpoint-seconds", "0.02")]
-    delays, kills = random.Random(0), 0
-    for _ in range(12):
-        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
-        while process.poll() is None and not list(out.glob("checkpoints/step-*")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(delays.uniform(0, 0.2))
-        if kills < 3 and process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait(120)
-        if process.returncode == 0:
-            break
-    assert process.returncode == 0, process.stderr.read().decode()
-    assert kills >= 1
-    for folder in sorted((trained / "dictionaries").iterdir()):
-        expected, got = (
-            load_file(base / "dictionaries" / folder.name / "sae_weights.safetensors") for base in (trained, out)
-        )
-        assert all(torch.equal(expected[name], got[name]) for name in expected)
-    assert (trained / "results.jsonl").read_bytes() == (out / "results.jsonl").read_bytes()
-
-
-def test_without_the_model_the_last_rows_are_kept_apart(small_gpt2, small_text, tmp_path, capsys, monkeypatch):
-    model = shutil.copytree(small_gpt2, tmp_path / "model")
-    harvest(flags(model, small_text, tmp_path / "s", "--codec", "fp32", "--sites", HIDDEN, BEFORE))
-    model.rename(tmp_path / "gone")
-    more = ("--sites", HIDDEN, BEFORE)
-    run(settings(*run_flags(tmp_path / "s", tmp_path / "r", *more)))
-    shown = capsys.readouterr().out
-    assert "measured on the last 1,402 rows of the stores" in shown
-    assert "no such folder" in shown
-    records = read_lines(tmp_path / "r" / "results.jsonl")
-    assert len(records) == 8
-    assert all(record["metrics"]["rows"] == 1000 for record in records)
-    assert "ce_spliced" not in records[0]["metrics"]
-    assert not (tmp_path / "r" / "latents.json").exists()
-    # The rows they are measured on are the last of the store, and nothing is trained on them.
-    from sparse_coding.stored import RowsApart
-    from sparse_coding.stores.stream import StoreStream
-
-    store = Store.open(tmp_path / "s")
-    whole = torch.cat([store.read_shard(HIDDEN, shard) for shard in range(len(store.shard_rows))])
-    apart = RowsApart([store], [HIDDEN], "cpu")
-    assert torch.equal(apart(1402)[HIDDEN], whole[-1402:])
-    assert torch.equal(apart(5)[HIDDEN], whole[-1402:-1397])
-    stream = StoreStream([store], [HIDDEN], batch_size=len(whole) - 1402, buffer_rows=30_000)
-    assert torch.equal(stream.batch(0)[HIDDEN].sort(0).values, whole[:-1402].sort(0).values)
-    # Named, it must be there; begun without it, a run goes on without it when it is back.
-    with pytest.raises(UserError, match="no such folder"):
-        run(settings(*run_flags(tmp_path / "s", tmp_path / "r2", *more, "--model", str(model))))
-    run(settings(*run_flags(tmp_path / "s", tmp_path / "r2", *more, "--model", str(tmp_path / "gone"))))
-    assert "ce_spliced" in read_lines(tmp_path / "r2" / "results.jsonl")[0]["metrics"]
-    stopped = run_flags(tmp_path / "s", tmp_path / "r3", *more)
-    monkeypatch.setattr("sparse_coding.pipeline.evaluate", lambda *_: (_ for _ in ()).throw(Interrupted("here")))
-    with pytest.raises(Interrupted):
-        run(settings(*stopped))
-    monkeypatch.undo()
-    (tmp_path / "gone").rename(model)
-    run(settings(*stopped))
-    again = read_lines(tmp_path / "r3" / "results.jsonl")
-    assert [record["metrics"] for record in again] == [record["metrics"] for record in records]
-
-
-def test_a_run_is_not_continued_with_other_rows_or_another_model(small_gpt2, small_text, tmp_path, monkeypatch):
-    harvest(flags(small_gpt2, small_text, tmp_path / "s", "--sites", HIDDEN))
-    words = run_flags(tmp_path / "s", tmp_path / "r")
-    monkeypatch.setattr("sparse_coding.pipeline.evaluate", lambda *_: (_ for _ in ()).throw(Interrupted("here")))
-    with pytest.raises(Interrupted):
-        run(settings(*words))
-    shutil.rmtree(tmp_path / "s")
-    harvest(flags(small_gpt2, small_text, tmp_path / "s", "--sites", HIDDEN, "--shard-rows", "2000"))
-    with pytest.raises(UserError, match=r"has changed since this run began"):
-        run(settings(*words))
-    other = shutil.copytree(small_gpt2, tmp_path / "other")
-    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
-    with pytest.raises(UserError, match=r"is not the one that .* was harvested from"):
-        run(settings(*run_flags(tmp_path / "s", tmp_path / "r2", "--model", str(other))))
-
-
-def test_several_stores_with_weights(harvested, small_gpt2, small_text, tmp_path):
-    harvest(flags(small_gpt2, small_text, tmp_path / "two", "--sites", HIDDEN, "--tokens", "10k"))
-    words = run_flags(harvested, tmp_path / "r", "--sites", HIDDEN, "--activation-weights", "0.5", "2")
-    words.insert(2, str(tmp_path / "two"))
-    run(settings(*words))
-    known = json.loads((tmp_path / "r" / "settings.json").read_text())
-    assert [one["codec"] for one in known["data"]["stores"]["of"]] == ["fp32", "bf16"]
-    assert known["data"]["stores"]["weights"] == [0.5, 2.0]
-
-
-def test_damage_is_named_or_skipped(small_gpt2, small_text, tmp_path, capsys):
-    harvest(flags(small_gpt2, small_text, tmp_path / "s", "--sites", HIDDEN))
-    (tmp_path / "s" / "site-0" / "00003.safetensors").unlink()
-    with pytest.raises(UserError, match=r"00003\.safetensors.*--skip-damaged"):
-        run(settings(*run_flags(tmp_path / "s", tmp_path / "r")))
-    run(settings(*run_flags(tmp_path / "s", tmp_path / "r", "--skip-damaged")))
-    assert "1 damaged shards are left out, such as" in capsys.readouterr().out
-    skipped = json.loads((tmp_path / "r" / "settings.json").read_text())["data"]["stores"]["skipped"]
-    assert len(skipped) == 1
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--sites", "blocks.1.mlp.hook_pots"], "did you mean 'blocks.1.mlp.hook_post'"),
-        (["--sites", "blocks.2.mlp.hook_post"], "is not in the store"),
-        (["--sites", HIDDEN, "--target-sites", "blocks.2.hook_resid_post"], "is not in the store"),
-        (["--loss", "ce"], "--loss ce runs the model on whole contexts"),
-        (["--loss", "kl"], "--loss kl"),
-        (["--also-model", "gpt2", "--crosscoder"], "--also-model"),
-        (["--layer", "1"], "--layer with --activations: name the store's sites with --sites"),
-        (["--target-location", "mlp_out"], "--target-sites"),
-        (["--activation-weights", "1", "2"], "one positive number for each of 1 stores"),
-        (["--activation-weights", "-1"], "one positive number"),
-        (["--context", "16"], "--context with --activations"),
-        (["--batch-size", "100000"], "less than one batch"),
-        (["--sites", HIDDEN, "--crosscoder"], "--crosscoder needs several sites"),
-        (["--text", "/nowhere/text.txt"], "/nowhere/text.txt"),
-        (["--layr", "1"], "--layr"),
-    ],
-)
-def test_a_mistake_of_a_run_from_a_store_is_one_clear_line(more, message, harvested, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop, reported():
-        run(settings(*run_flags(harvested, tmp_path / "r", *more)))
-    assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("tokenizing")]
-    assert len(lines) == 1, lines
-    assert message in lines[0]
-    assert not (tmp_path / "r").exists()
-
-
-def test_stores_of_other_models_or_widths_and_none_at_all(harvested, small_gpt2, small_text, tmp_path):
-    import transformers
-
-    other = shutil.copytree(small_gpt2, tmp_path / "wide")
-    config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=300, n_positions=32)
-    transformers.GPT2LMHeadModel(config).save_pretrained(other)
-    harvest(flags(other, small_text, tmp_path / "s", "--sites", HIDDEN))
-    words = run_flags(harvested, tmp_path / "r", "--sites", HIDDEN)
-    words.insert(2, str(tmp_path / "s"))
-    with pytest.raises(UserError, match="are of different models"):
-        run(settings(*words))
-    with pytest.raises(UserError, match="is no store"):
-        run(settings(*run_flags(tmp_path / "nowhere", tmp_path / "r")))
-    with pytest.raises(UserError, match="twice"):
-        settings(*run_flags(harvested, tmp_path / "r")[:2], str(harvested))
-    with pytest.raises(UserError, match="--skip-damaged is for training from stores"):
-        settings("--skip-damaged")
-
-
-# ---- on S3
-
-
-def test_harvest_and_train_on_s3(small_gpt2, small_text, harvested, trained, tmp_path, monkeypatch):
-    from tests.stores.fake_s3 import serving
-
-    with serving(monkeypatch) as fake:
-        harvest(flags(small_gpt2, small_text, "s3://bucket/a/run", "--codec", "fp32", "--keep-tokens"))
-        stored = {name.removeprefix("bucket/a/run/"): data for name, data in fake.objects.items()}
-        local = files(harvested)
-        assert stored.keys() == local.keys()
-        assert all(stored[name] == local[name] for name in local if name != "manifest.json")
-        run(settings(*run_flags("s3://bucket/a/run", tmp_path / "r", "--sites", HIDDEN)))
-    for line, expected in zip(
-        read_lines(tmp_path / "r" / "results.jsonl"), read_lines(trained / "results.jsonl"), strict=True
-    ):
-        assert line == expected

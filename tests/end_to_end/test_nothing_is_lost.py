@@ -12,13 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from sparse_coding.config import parse
 from sparse_coding.pipeline import run
 from sparse_coding.run_settings import RunSettings
-from sparse_coding.training.run_folder import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -26,59 +23,6 @@ SMALL = (
     "--latents 3 --layer 1 --checkpoint-seconds 0.01 --checkpoint-share 1 --dead-latents resample --resample-rows 1k "
     "--resample-every 50 --resample-times 3 --dead-feature-window 2000"
 )
-STEPS = 234
-KILLS = 20
-KILLER = """
-import os, random, runpy, signal, sys, time
-from pathlib import Path
-import matplotlib.pyplot, transformers, sparse_coding.pipeline  # once for all the processes that are killed
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
-out, last, words = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-draw = random.Random(0)
-kinds = [*["start"] * 5, *["training"] * 10]
-draw.shuffle(kinds)
-kinds += ["end"] * 5
-
-def newest():
-    return max((path.name for path in out.glob("checkpoints/step-*")), default="")
-
-def moment(kind, before, running):
-    while running():
-        if kind == "training" and newest() > before or kind == "end" and newest() >= last or kind == "start":
-            return time.monotonic() + draw.uniform(0, {"start": 1.0, "training": 0.1, "end": 0.8}[kind])
-        if (out / "results.jsonl").exists():
-            return time.monotonic() + draw.uniform(0, 0.8)
-        time.sleep(0.002)
-    return 0
-
-for kind in [*kinds, "whole"]:
-    before, child = newest(), os.fork()
-    if not child:
-        sys.argv, code = ["run.py", *words], 1
-        try:
-            runpy.run_path("run.py", run_name="__main__")
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    ended = []
-    def running():
-        if not ended:
-            pid, status = os.waitpid(child, os.WNOHANG)
-            ended.extend([os.waitstatus_to_exitcode(status)] if pid else [])
-        return not ended
-    until = moment(kind, before, running) if kind != "whole" else float("inf")
-    while running() and time.monotonic() < until:
-        time.sleep(0.002)
-    if not ended:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        print(f"killed: {kind}, at {newest() or 'no checkpoint'}", flush=True)
-    elif ended[0]:
-        sys.exit(f"{kind}: it ended with {ended[0]}")
-"""
 
 
 def flags(model: Path, text: Path, out: Path, *more: str) -> list[str]:
@@ -95,58 +39,6 @@ def undisturbed(small_gpt2, small_text, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     main(*flags(small_gpt2, small_text, out))
     return out
-
-
-def assert_same_run(expected: Path, got: Path) -> None:
-    for folder in sorted((expected / "dictionaries").iterdir()):
-        a, b = (load_file(base / "dictionaries" / folder.name / "sae_weights.safetensors") for base in (expected, got))
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a), folder.name
-
-    def timeless(base):
-        return [{k: v for k, v in line.items() if k != "seconds"} for line in read_lines(base / "log.jsonl")]
-
-    assert timeless(expected) == timeless(got)
-    for name in ("results.jsonl", "latents.json", "members.json"):
-        assert (expected / name).read_bytes() == (got / name).read_bytes(), name
-
-
-@pytest.mark.stress
-def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(undisturbed, small_gpt2, small_text, tmp_path):
-    """Five times while it starts, ten while it trains, five while it evaluates and draws its report."""
-    out = tmp_path / "killed"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(out), f"step-{STEPS:09d}", *flags(small_gpt2, small_text, out)],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    kills = [line for line in done.stdout.splitlines() if line.startswith("killed")]
-    assert len(kills) >= KILLS // 2, kills  # a fast machine ends before all have come
-    assert done.stderr.count("continuing at step") >= 4, kills
-    assert_same_run(undisturbed, out)
-
-
-@pytest.mark.stress
-def test_the_real_command_killed_and_started_by_hand(undisturbed, small_gpt2, small_text, tmp_path):
-    """Without the fork above: a process of its own, killed in training, and SIGTERM, and then left in peace."""
-    out = tmp_path / "killed"
-    words = [sys.executable, "run.py", *flags(small_gpt2, small_text, out)]
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        before = {path.name for path in out.glob("checkpoints/step-*")}
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if {path.name for path in out.glob("checkpoints/step-*")} - before:
-                break
-            time.sleep(0.005)
-        began = time.monotonic()
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-        assert time.monotonic() - began < 10
-        assert process.returncode in (-9, 130, -15, 0), errors
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(undisturbed, out)
 
 
 def test_with_sync_a_machine_may_vanish(undisturbed, small_gpt2, small_text, tmp_path):

@@ -10,7 +10,8 @@ import pytest
 from sparse_coding.config import parse
 from sparse_coding.errors import UserError
 from sparse_coding.pipeline import capture, run, run_folder
-from sparse_coding.run_settings import ModelFlags, RunSettings
+from sparse_coding.run_flags import ModelFlags
+from sparse_coding.run_settings import RunSettings
 from sparse_coding.training.run_folder import read_lines
 from tests.formats.nanogpt_oracle import NanoGPT, checkpoint, saved
 

@@ -363,11 +363,13 @@ def s3(monkeypatch):
         yield fake
 
 
-@pytest.mark.parametrize("fault", [None, 503, "cut", "drop"])
+@pytest.mark.parametrize("fault", [None, 500, 503, "cut", "drop", "hang", "slow"])
 def test_over_s3_with_faults_that_pass(tmp_path, s3, monkeypatch, capsys, fault):
-    """Every fifth request fails in one way or another; the second machine ends with the bits of an undisturbed run."""
+    """Every fifth request fails or all are slow; the second machine ends with the bits of an undisturbed run."""
     whole = run(tmp_path / "whole", Bucket(tmp_path / "other"))
-    s3.fault = lambda method, key, n: fault if n % 5 == 4 else None
+    every = 25 if fault == "hang" else 5  # which takes two seconds each time
+    s3.delay = 0.03 if fault == "slow" else 0.0
+    s3.fault = lambda method, key, n: fault if n % every == every - 1 and fault != "slow" else None
     monkeypatch.setattr(Dies, "at", 17)
     with pytest.raises(SystemExit):
         run(tmp_path / "first", open_objects("s3://bucket/run"), stream=Dies({"synthetic": ROWS}, 32))
