@@ -19,6 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from sparse_coding.errors import UserError
@@ -114,12 +115,15 @@ def _found(objects: S3Objects) -> dict[str, Any] | None:
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process is there; one that was killed and that nobody has asked about yet is not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
         return True
+    with contextlib.suppress(OSError):  # where there is no /proc
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
 
 

@@ -16,6 +16,7 @@ import pytest
 from sparse_coding.config import parse
 from sparse_coding.pipeline import run
 from sparse_coding.run_settings import RunSettings
+from tests.end_to_end.lives import assert_same_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (

@@ -352,7 +352,8 @@ def test_threads_end_with_the_stream(store):
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 from sparse_coding.stores import block_reader
 from sparse_coding.stores.stream import StoreStream
 stream = StoreStream(sys.argv[1], batch_size=32, buffer_rows=256)
