@@ -34,9 +34,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
-def near(word: str, known: Iterable[str], count: int = 3) -> str:
+def near(word: str, known: Iterable[str], count: int = 3, cutoff: float = 0.5) -> str:
     """A ready-made clause such as `; did you mean 'layer'?`, empty when nothing is close."""
-    matches = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    matches = difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)
     return f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 

@@ -7,15 +7,11 @@ however many processes share it: the files of a store depend on neither.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,17 +31,17 @@ from sparse_coding.harvest_plan import measured, row_bytes, size
 from sparse_coding.language_models.processes import Processes, processes
 from sparse_coding.progress import Progress, duration, quantity
 from sparse_coding.provenance import provenance
+from sparse_coding.stores.begin import check_free
 from sparse_coding.stores.codec import Affine8, calibrate
-from sparse_coding.stores.lease import only_writer
+from sparse_coding.stores.intact import refuse_damaged
 from sparse_coding.stores.objects import Objects, open_objects
+from sparse_coding.stores.own import own, remove_half_written
 from sparse_coding.stores.parts import PartObjects, begun_parts, drop_parts, join_parts
 from sparse_coding.stores.store import Manifest, Source, StoreWriter, found_manifest
 from sparse_coding.stores.writer import CALIBRATION_ROWS, rows_per_shard
 from sparse_coding.training.run_folder import differences
 from sparse_coding.training.stopping import Stopping, StopRequested
 
-HALF_WRITTEN = re.compile(r"(\d+\.safetensors|manifest\.json)\.\w{8}")
-"""Names of files that have not yet taken their own (`sparse_coding.files`)."""
 TOKEN_COLUMNS = {"token": "I32", "context": "I64", "position": "I32"}
 
 
@@ -63,7 +59,7 @@ def harvest(flags: HarvestFlags) -> str:
         with everyone.first_goes_ahead():
             if everyone.first:
                 print(f"store: {store}", flush=True)
-                held.enter_context(own(store))
+                held.enter_context(own(open_objects(store)))
             model, names = open_model(flags.model)
             sites = resolve_all(model, names)
             tokenizer = open_tokenizer(flags.model, model)
@@ -80,35 +76,6 @@ def harvest(flags: HarvestFlags) -> str:
                 harvesting.check()
         harvesting.go()
     return store
-
-
-@contextlib.contextmanager
-def own(store: str) -> Iterator[None]:
-    """A store of this process alone, so that two harvests never write one: a locked folder, or a lease on S3."""
-    if "://" in store:
-        with only_writer(open_objects(store)):
-            yield
-        return
-    folder = Path(store)
-    new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"--store {store}: the folder cannot be made ({error.strerror}); name another") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{store} is being written by another harvest: wait for it or name another store") from None
-        for path in [*folder.glob("*.*.*"), *folder.glob("*/*.*.*")]:
-            if HALF_WRITTEN.fullmatch(path.name):  # left by a harvest that was killed
-                path.unlink(missing_ok=True)
-        yield
-    finally:
-        if new and not any(folder.iterdir()):  # a mistake leaves nothing behind
-            folder.rmdir()
-        os.close(handle)
 
 
 class _Harvest:
@@ -175,6 +142,8 @@ class _Harvest:
         processes = parts.size if parts and not found else 1
         begun = [found] if found else list(parts.manifests.values()) if parts else []
         if not begun:
+            check_free(self.objects)
+            remove_half_written(self.objects)
             self._check_space(0)
             return
         there = {name: site.width for name, site in begun[0].sites.items()}
@@ -183,11 +152,14 @@ class _Harvest:
                 f"{self.store} was begun with other settings ({'; '.join(changed)}): give those again to continue it, "
                 "or another --store"
             )
+        remove_half_written(self.objects)
         if not (found and found.complete):
             if processes != self.everyone.size:
                 again = f"torchrun --nproc_per_node={processes}" if processes > 1 else "one process"
                 raise UserError(f"{self.store} was begun by {processes} processes: continue it with {again}")
             self._check_space(sum(one.rows for one in begun))
+        else:
+            refuse_damaged(self.objects, found)
 
     def _check_space(self, done: int) -> None:
         if "://" in self.store:

@@ -44,7 +44,8 @@ class HarvestFlags:
 
     def __post_init__(self) -> None:
         self.text.check()
-        if self.keep.tokens is not None and self.tokens < 1:  # type: ignore[operator]
+        given = self.keep.tokens
+        if given is not None and (given.startswith("-") or self.tokens < 1):  # type: ignore[operator]
             raise UserError(f"--tokens is {self.keep.tokens}: it must be at least 1")
         if self.keep.shard_rows is not None and self.keep.shard_rows < 1:
             raise UserError(f"--shard-rows is {self.keep.shard_rows}: it must be at least 1")

@@ -170,7 +170,7 @@ class RunSettings:
         """The settings that decide what comes out: a run can be continued with the same ones only."""
         known = to_dict(self)
         del known["output"], known["safety"]
-        for name in ("skip_damaged", "allow_incomplete"):  # a run that meets damage goes on with what is left
+        for name in ("skip_damaged", "allow_incomplete"):  # which rows there are is checked by itself (stored.py)
             del known["stores"][name]
         if not self.stores.activations:
             del known["stores"]

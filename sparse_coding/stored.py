@@ -24,8 +24,8 @@ from sparse_coding.run_settings import RunSettings
 from sparse_coding.stored_text import as_harvested, reading
 from sparse_coding.stores.objects import open_objects
 from sparse_coding.stores.parts import begun_parts
-from sparse_coding.stores.store import MANIFEST, Store
-from sparse_coding.stores.stream import StoreStream
+from sparse_coding.stores.store import MANIFEST, Damaged, Store
+from sparse_coding.stores.stream import StoreStream, damage
 from sparse_coding.training.run_folder import RunFolder
 
 APART = 0.05
@@ -61,7 +61,7 @@ def from_stores(settings: RunSettings, folder: RunFolder) -> tuple[RunSettings, 
             if named or earlier:  # what was asked for, or had before, must be had
                 raise
             reason = str(error)
-    apart = None if read else RowsApart(stores, sites, device)
+    apart = None if read else kept_apart(settings, stores, sites, device)
     stream = StoreStream(
         stores,
         sites,
@@ -76,7 +76,10 @@ def from_stores(settings: RunSettings, folder: RunFolder) -> tuple[RunSettings, 
         one_pass = replace(settings.training, tokens=str(stream.rows_per_epoch))
         settings = replace(settings, training=one_pass)
     facts |= {"measured_on": HELD_OUT_TEXT if read else ROWS_APART, "rows_apart": apart.rows if apart else 0}
-    facts["skipped"] = stream.skipped
+    facts["skipped"] = [*(apart.skipped if apart else []), *stream.skipped]
+    left_out = [*(apart.left_out if apart else []), *stream.left_out]
+    check_left_out(stores, folder, earlier.get("left_out", []), left_out)
+    facts["left_out"] = left_out
     known = FromStores(lines(stores, facts, "" if read else reason), facts, apart)
     normalised, trained, parts = prepared(settings, stream, sites)
     source = stores[0].manifest.source
@@ -188,6 +191,20 @@ def check_unchanged(stores: Sequence[Store], earlier: Mapping[str, Any]) -> None
         store.shard_rows[n_shards:] = [0] * (len(store.shard_rows) - n_shards)
 
 
+def check_left_out(
+    stores: Sequence[Store], folder: RunFolder, before: Sequence[list[int]], now: Sequence[list[int]]
+) -> None:
+    """Raise UserError where a run with a checkpoint would go on with other rows, since other shards are damaged."""
+    changed = [one for one in (*now, *before) if (one in now) != (one in before)]
+    if changed and any((folder.path / "checkpoints").glob("step-*")):
+        (store, shard), known = changed[0], "was sound" if changed[0] in now else "was left out as damaged"
+        state = "is damaged" if changed[0] in now else "is whole"
+        raise UserError(
+            f"shard {shard} of {stores[store].url} {known} when this run began and {state} now, so it would go on with "
+            "other rows: bring back what it was, or start over with --fresh"
+        )
+
+
 def lines(stores: Sequence[Store], facts: Mapping[str, Any], reason: str) -> list[str]:
     """What the run says about its stores."""
     said = []
@@ -195,7 +212,11 @@ def lines(stores: Sequence[Store], facts: Mapping[str, Any], reason: str) -> lis
         kind = "" if store.manifest.complete else ", not complete"
         said.append(f"store {store.url}: {quantity(store.rows)} rows as {store.codec}{kind}")
     if facts["skipped"]:
-        said.append(f"{len(facts['skipped'])} damaged shards are left out, such as: {facts['skipped'][0]}")
+        n_skipped = len(facts["skipped"])
+        which = (
+            "1 damaged shard is left out:" if n_skipped == 1 else f"{n_skipped} damaged shards are left out, such as:"
+        )
+        said.append(f"{which} {facts['skipped'][0]}")
     if reason:
         said.append(
             f"no held-out text: dictionaries are measured on the last {facts['rows_apart']:,} rows of the stores, "
@@ -204,23 +225,46 @@ def lines(stores: Sequence[Store], facts: Mapping[str, Any], reason: str) -> lis
     return said
 
 
+def kept_apart(settings: RunSettings, stores: Sequence[Store], sites: Sequence[str], device: str) -> RowsApart:
+    """The last rows of the stores. Raises UserError where those to be measured on are damaged: now, not at the end."""
+    apart = RowsApart(stores, sites, device, settings.stores.skip_damaged)
+    try:
+        apart(settings.eval_rows)
+    except Damaged as found:
+        raise UserError(f"{found}; or leave its shard out with --skip-damaged") from None
+    return apart
+
+
 class RowsApart:
     """The last rows of every store, taken out of training."""
 
-    def __init__(self, stores: Sequence[Store], sites: Sequence[str], device: str):
-        """Shortens the shards of `stores`, as training sees them; raises UserError where too few rows are left."""
+    def __init__(self, stores: Sequence[Store], sites: Sequence[str], device: str, skip_damaged: bool = False):
+        """Shortens the shards of `stores`, as training sees them; raises UserError where too few rows are left.
+
+        skip_damaged: read every shard that rows are taken from, and leave it out altogether where it is damaged.
+        """
         self.sites, self.device, self.pieces = list(sites), device, []
         """(store, shard, first row, rows), in the order of the text."""
-        for store in stores:
+        self.skipped: list[str] = []
+        """What is wrong with each shard left out."""
+        self.left_out: list[list[int]] = []
+        """Number of the store and of the shard, for each."""
+        for number, store in enumerate(stores):
+            whole = Store(store.objects, store.manifest)
             left, pieces = max(1, round(APART * sum(store.shard_rows))), []
             for shard in reversed(range(len(store.shard_rows))):
                 taken = min(left, store.shard_rows[shard])
-                if taken:
-                    whole = Store(store.objects, store.manifest)
+                if taken and skip_damaged and (found := damage(whole, sites, shard, verify=True)):
+                    self.skipped.append(str(found))
+                    self.left_out.append([number, shard])
+                    store.shard_rows[shard] = 0
+                elif taken:
                     pieces.append((whole, shard, store.shard_rows[shard] - taken, taken))
                     store.shard_rows[shard] -= taken
                     left -= taken
             self.pieces.append(pieces[::-1])
+            if not pieces:
+                raise UserError(f"all shards of {store.url} are damaged, the last: {self.skipped[0]}")
             if not any(store.shard_rows):
                 raise UserError(f"the store {store.url} has {store.rows} rows: too few to keep some for measuring")
 

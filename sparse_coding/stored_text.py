@@ -38,9 +38,10 @@ def as_harvested(settings: RunSettings, stores: Sequence[Store], names: Sequence
             gelu=model.gelu or read_as.get("gelu"),
             tokenizer=model.tokenizer or _mapping(source.tokenizer).get("name"),
         )
-    flags = settings.text
+    flags, known = settings.text, _mapping(text.get("text"))
+    if flags.text is None and known.get("source") is None:  # texts of a merged store, or one that we cannot read
+        return replace(settings, model=model)
     if flags.text is None:
-        known = _mapping(text.get("text"))
         shares = [_mapping(store.manifest.source.text).get("held_out") for store in stores]
         flags = TextFlags(
             text=known.get("source"),
@@ -62,7 +63,8 @@ def reading(settings: RunSettings, store: Store, sites: Sequence[str]) -> Readin
     """The model of the store and text that was not harvested. Raises UserError where they are not at hand."""
     source = store.manifest.source
     if settings.text.text is None:
-        raise UserError(f"the store {store.url} does not say which text it is of")
+        several = "is of several texts" if "merged" in _mapping(source.text) else "does not say which text it is of"
+        raise UserError(f"the store {store.url} {several}: name one to measure on with --text")
     model, _ = open_model(settings.model)
     now = revision(model)
     same_kind = source.revision is not None and source.revision.partition(" ")[0] == now.partition(" ")[0]
@@ -77,20 +79,29 @@ def reading(settings: RunSettings, store: Store, sites: Sequence[str]) -> Readin
             raise UserError(f"{site} is {width} wide in {settings.model.model} and {store.widths[site]} in {store.url}")
     tokenizer = open_tokenizer(settings.model, model)
     held_out = packed_text(settings, tokenizer, context_length(settings.text.context, model), "held_out")
-    harvested = _mapping(source.text)
-    if held_out.identity["tokenizer"] != harvested.get("tokenizer", held_out.identity["tokenizer"]):
-        raise UserError(f"the tokenizer is not the one that {store.url} was harvested with: name that with --tokenizer")
-    then, here = _mapping(harvested.get("text")), held_out.identity["text"]
-    if then.get("source") == here["source"] and then != here:
-        raise UserError(
-            f"the text {here['source']} has changed since {store.url} was harvested: name another with --text"
-        )
-    if then == here and settings.text.held_out > (harvested.get("held_out") or 1):
-        raise UserError(
-            f"--held-out is {settings.text.held_out}: {harvested['held_out']} of the documents were kept out of the "
-            f"harvest of {store.url}, give no more"
-        )
+    _check_text(store, held_out.identity, settings.text.held_out)
     return Reading(model, tokenizer, held_out)
+
+
+def _check_text(store: Store, here: Mapping[str, Any], share: float) -> None:
+    """Raise UserError where a text that a store is of has changed, or is read otherwise; `here`: what is at hand."""
+    of = _mapping(store.manifest.source.text)
+    harvested = [_mapping(one) for one in of.get("merged", [of])]
+    if any(one.get("tokenizer", here["tokenizer"]) != here["tokenizer"] for one in harvested):
+        raise UserError(f"the tokenizer is not the one that {store.url} was harvested with: name that with --tokenizer")
+    now = here["text"]
+    named_so = [one for one in harvested if _mapping(one.get("text")).get("source") == now["source"]]
+    same = [one for one in named_so if one["text"] == now]
+    if named_so and not same:
+        raise UserError(
+            f"the text {now['source']} has changed since {store.url} was harvested: name another with --text"
+        )
+    kept_out = min((one.get("held_out") or 1 for one in same), default=1)
+    if share > kept_out:
+        raise UserError(
+            f"--held-out is {share}: {kept_out} of the documents were kept out of the harvest of {store.url}, give no "
+            "more"
+        )
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from sparse_coding.stores.manifest import (
     found_manifest,
 )
 from sparse_coding.stores.objects import Objects
+from sparse_coding.stores.own import HALF_WRITTEN
 from sparse_coding.stores.sums import chunk_rows
 
 
@@ -62,8 +63,7 @@ def begun(objects: Objects, asked: Manifest) -> Manifest:
     """
     found, url = found_manifest(objects), objects.url
     if found is None:
-        if other := next((name for name in objects.names() if name != LEASE), None):
-            raise UserError(f"{url} holds other files ({other}) and no store: name a new folder or prefix")
+        check_free(objects)
         objects.put(MANIFEST, asked.to_json().encode())
         return asked
     if differing := differences(found, asked):
@@ -71,6 +71,13 @@ def begun(objects: Objects, asked: Manifest) -> Manifest:
     if found.complete:
         raise UserError(f"{url} holds a complete store of {found.rows:,} rows: name a new folder or prefix")
     return replace(found, versions=asked.versions, run=asked.run)
+
+
+def check_free(objects: Objects) -> None:
+    """Raise `UserError` where files lie that no writer of a store left behind."""
+    for name in objects.names():
+        if name != LEASE and not HALF_WRITTEN.fullmatch(name):
+            raise UserError(f"{objects.url} holds other files ({name}) and no store: name a new folder or prefix")
 
 
 def differences(found: Manifest, asked: Manifest) -> str:

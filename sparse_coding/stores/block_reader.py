@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
@@ -13,9 +15,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sparse_coding.errors import UserError
 from sparse_coding.stores.block_memory import BlockMemory
-from sparse_coding.stores.objects import PIECE
+from sparse_coding.stores.objects import PIECE, ObjectDamaged, unreadable
 from sparse_coding.stores.order import Epoch, Order, Pieces
 from sparse_coding.stores.ranges import FileRows, scatter
 from sparse_coding.stores.store import Damaged, Store
@@ -210,7 +211,7 @@ class BlockReader:
         store, dtype = self.stores[int(piece.store[0])], self._shapes[site][1]
         start, n = int(piece.start[0]), int(piece.rows[0])
         target = block.rows[site].view(torch.uint8).numpy()
-        with FileRows(store, site, int(piece.shard[0])) as file:
+        with read_from(store, site, int(piece.shard[0])) as file:
             placed = dtype == store.dtype and file.scattered(start, target, block.places[place : place + n])
             for first, rows in () if placed else file.read(start, start + n):
                 if block.cancelled:
@@ -224,6 +225,18 @@ class BlockReader:
             self.bytes_read += n * file.row_bytes
 
 
+@contextmanager
+def read_from(store: Store, site: str, shard: int) -> Iterator[FileRows]:
+    """A file to read rows from. Raises `Damaged` where the system cannot read it."""
+    try:
+        with FileRows(store, site, shard) as file:
+            yield file
+    except OSError as error:
+        name = store.manifest.file_name(site, shard)
+        failure = unreadable(Path(store.url) / name, error)
+        raise Damaged(str(failure), name) if isinstance(failure, ObjectDamaged) else failure from None
+
+
 def _work(jobs: SimpleQueue, stop: threading.Event) -> None:
     while (job := jobs.get()) is not None:
         block, action = job
@@ -233,10 +246,6 @@ def _work(jobs: SimpleQueue, stop: threading.Event) -> None:
                 action()
         except Damaged as damaged:
             error = Damaged(f"{damaged}; or leave its shard out with --skip-damaged", damaged.name)
-        except FileNotFoundError as missing:
-            error = UserError(f"{missing.filename} is missing: it has gone since the stream began")
-        except OSError as refused:
-            error = UserError(f"{refused.filename or 'a file of the store'} cannot be read: {refused.strerror}")
         except BaseException as other:
             error = other
         block.finished(error)

@@ -11,9 +11,9 @@ from sparse_coding.errors import UserError
 from sparse_coding.progress import Progress
 from sparse_coding.stores.begin import begun
 from sparse_coding.stores.codec import Codec
-from sparse_coding.stores.lease import only_writer
 from sparse_coding.stores.manifest import MANIFEST, Manifest, ShardInfo, Source
 from sparse_coding.stores.objects import Objects, open_objects
+from sparse_coding.stores.own import own, remove_half_written
 from sparse_coding.stores.running import Running
 from sparse_coding.stores.store import Store
 from sparse_coding.stores.writer import StoreWriter
@@ -35,7 +35,7 @@ def copied(store: Store, target: str, codec: Codec | None = None) -> Manifest:
         return _copy_files(files, store.manifest, objects)
     manifest = store.manifest
     with (
-        only_writer(objects),
+        own(objects),
         StoreWriter(
             objects,
             store.widths,
@@ -48,6 +48,7 @@ def copied(store: Store, target: str, codec: Codec | None = None) -> Manifest:
             run=manifest.run,
         ) as writer,
     ):
+        remove_half_written(objects)
         skip = writer.rows
         with Progress("copying", store.rows, "rows", start=skip) as progress:
             for shard, rows in enumerate(store.shard_rows):
@@ -108,12 +109,13 @@ def _renamed(store: Store, shard: int, index: int) -> ShardInfo:
 
 def _copy_files(files: Sequence[tuple[Store, int]], plan: Manifest, target: Objects) -> Manifest:
     """Copy shard i of `plan` from shard `files[i]`; the manifest follows the shards, and is `plan` at the end."""
-    with only_writer(target):
+    with own(target):
         return _copy_files_alone(files, plan, target)
 
 
 def _copy_files_alone(files: Sequence[tuple[Store, int]], plan: Manifest, target: Objects) -> Manifest:
     found = begun(target, replace(plan, shards=(), statistics={}, complete=False))
+    remove_half_written(target)
     done = len(found.shards)
     if found.shards != plan.shards[:done]:
         raise UserError(f"{target.url} holds the beginning of another store: name a new folder or prefix")

@@ -22,7 +22,7 @@ from sparse_coding.stores.sums import DIGITS
 
 MANIFEST = "manifest.json"
 LEASE = "writer.json"
-"""On S3, beside the manifest: who writes (lease.py)."""
+"""Beside the manifest while somebody writes: who that is (own.py; on S3 lease.py)."""
 FORMAT = 2
 """Format 1 has no sums of headers and rows; it is read as well."""
 LARGEST_MANIFEST = 256 << 20

@@ -6,10 +6,12 @@ Names are relative, with `/` between folders. Failures are one-line errors that 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -24,11 +26,19 @@ PIECE = 8 << 20
 """Bytes read at once where a whole object is read: bounds memory and the time of one request."""
 
 
-class ObjectMissing(UserError):
+NOT_THE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Failures that say nothing about the file that was read."""
+
+
+class ObjectDamaged(UserError):
+    """One object cannot be read as it must be, whatever the others are."""
+
+
+class ObjectMissing(ObjectDamaged):
     """There is no object of that name."""
 
 
-class ObjectTruncated(UserError):
+class ObjectTruncated(ObjectDamaged):
     """An object ends before the bytes that were asked for."""
 
 
@@ -125,6 +135,14 @@ def checked_name(name: str) -> str:
     return name
 
 
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to raise for a file that could not be read: `ObjectDamaged` unless the failure is not the file's."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return ObjectMissing(f"{path} is missing")
+    kind = UserError if error.errno in NOT_THE_FILES else ObjectDamaged
+    return kind(f"{path} cannot be read: {error.strerror}")
+
+
 class FolderObjects(Objects):
     """Files of a folder on this machine."""
 
@@ -152,10 +170,8 @@ class FolderObjects(Objects):
                 file.seek(start)
                 while done < total and (read := file.readinto(out[done:])):
                     done += read
-        except (FileNotFoundError, NotADirectoryError):
-            raise ObjectMissing(f"{self.folder / name} is missing") from None
         except OSError as error:
-            raise UserError(f"{self.folder / name} cannot be read: {error.strerror}") from None
+            raise unreadable(self.folder / name, error) from None
         if done < total:
             raise ObjectTruncated(
                 f"{self.folder / name} is truncated: it ends {total - done} bytes before byte {start + total}"
@@ -168,7 +184,7 @@ class FolderObjects(Objects):
                 raise ObjectMissing(f"{path} is missing")
             return path.stat().st_size
         except OSError as error:
-            raise UserError(f"{self.folder / name} cannot be read: {error.strerror}") from None
+            raise unreadable(self.folder / name, error) from None
 
     def names(self, under: str = "") -> Iterator[str]:
         start = self._path(under) if under else self.folder
@@ -177,7 +193,12 @@ class FolderObjects(Objects):
                 yield path.relative_to(self.folder).as_posix()
 
     def delete(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
+        """As said above; folders in it that are empty then go as well: S3 has none either."""
+        path = self._path(name)
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # one that is not empty stays, and so do those above it
+            for above in path.relative_to(self.folder).parents[:-1]:
+                (self.folder / above).rmdir()
 
     def _path(self, name: str) -> Path:
         return self.folder / checked_name(name)

@@ -44,7 +44,8 @@ class Outbox:
         self._sending: deque[_Sending] = deque()
         self._slots = threading.Semaphore(uploads)
         self._threads = ThreadPoolExecutor(uploads, thread_name_prefix="store-upload")
-        self._written, self._write_took = time.monotonic(), 0.0
+        self._said, self._written, self._write_took = len(manifest.shards), time.monotonic(), 0.0
+        """Shards the manifest there counts; when and how long it was written last."""
 
     def send(self, rows: int, parts: Mapping[str | None, np.ndarray], statistics: Mapping[str, Running]) -> None:
         """Send the next shard. parts: the bytes of each file, by site or None for the tokens, with room for the header.
@@ -58,6 +59,10 @@ class Outbox:
             files[name] = self._threads.submit(self._put, name, data, self.manifest.expected(part, rows))
         self._sending.append(_Sending(rows, statistics, files))
         self._next += 1
+        self.settle()
+
+    def settle(self) -> None:
+        """Count what has become durable, without waiting. Raises what sending a shard raised."""
         self._settle(wait=False)
 
     def finish(self) -> None:
@@ -93,7 +98,6 @@ class Outbox:
 
     def _settle(self, wait: bool) -> None:
         """Count the shards that are durable, in their order. Raises what sending one raised."""
-        before = len(self.manifest.shards)
         try:
             while self._sending and (wait or all(future.done() for future in self._sending[0].files.values())):
                 one = self._sending[0]
@@ -108,11 +112,11 @@ class Outbox:
                 )
         finally:
             # A long manifest is not written for every shard where that would take more than a twentieth of the time.
-            if len(self.manifest.shards) > before and time.monotonic() - self._written >= 20 * self._write_took:
+            if len(self.manifest.shards) > self._said and time.monotonic() - self._written >= 20 * self._write_took:
                 self._write_manifest()
 
     def _write_manifest(self) -> None:
         start = time.monotonic()
         self.objects.put(MANIFEST, self.manifest.to_json().encode())
-        self._written = time.monotonic()
+        self._said, self._written = len(self.manifest.shards), time.monotonic()
         self._write_took = self._written - start

@@ -6,20 +6,21 @@ Until the store is whole its root has no manifest; `join_parts` makes it from th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sparse_coding.errors import UserError
+from sparse_coding.stores.intact import damages
 from sparse_coding.stores.manifest import (
     MANIFEST,
     Manifest,
     ShardInfo,
-    Statistics,
     read_manifest,
 )
-from sparse_coding.stores.objects import Buffer, FolderObjects, Objects
+from sparse_coding.stores.objects import Buffer, Objects
 from sparse_coding.stores.running import Running
+from sparse_coding.stores.store import Store
 
 
 class PartObjects(Objects):
@@ -80,9 +81,21 @@ def begun_parts(objects: Objects) -> Parts | None:
 
 
 def join_parts(objects: Objects, size: int) -> Manifest:
-    """Write the manifest of a store from those of its `size` parts, which are complete, and take theirs away."""
+    """Write the manifest of a store from those of its `size` parts, which are complete, and take theirs away.
+
+    Raises `UserError` where int8 means other numbers in one part than in another, and where files are damaged: their
+    part is unfinished from then on, so that it can be gone on with.
+    """
     parts = [read_manifest(PartObjects(objects, rank, size)) for rank in range(size)]
     assert all(part.complete for part in parts)
+    for rank, part in enumerate(parts):
+        if part.sites != parts[0].sites:
+            raise UserError(
+                f"the parts of {objects.url} do not fit each other: process {rank} has other sites than process 0, or "
+                "another mean and scale of int8; delete the store and harvest it again, with --codec bf16 if it "
+                "happens again"
+            )
+    _check_intact(objects, parts)
     shards: list[ShardInfo] = []
     sums = {name: Running.of(0, None, site.width) for name, site in parts[0].sites.items()}
     for part in parts:
@@ -91,13 +104,23 @@ def join_parts(objects: Objects, size: int) -> Manifest:
             shards.append(replace(shard, files={moved(name, before): file for name, file in shard.files.items()}))
         for name, running in sums.items():
             running.merge(Running.of(part.rows, part.statistics[name], parts[0].sites[name].width))
-    statistics = {
-        name: Statistics(tuple(one.mean.tolist()), tuple(one.variance.tolist())) for name, one in sums.items()
-    }
+    statistics = {name: one.said() for name, one in sums.items()}
     whole = replace(parts[0], shards=tuple(shards), statistics=statistics)
     objects.put(MANIFEST, whole.to_json().encode())
     drop_parts(objects)
     return whole
+
+
+def _check_intact(objects: Objects, parts: Sequence[Manifest]) -> None:
+    first, found = 0, []
+    for rank, part in enumerate(parts):
+        there = PartObjects(objects, rank, len(parts), first)
+        if damaged := damages(Store(there, part)):
+            there.put(MANIFEST, replace(part, complete=False).to_json().encode())
+            found += damaged
+        first += len(part.shards)
+    if found:
+        raise UserError(f"{found[0][1]}: start the same command again, it harvests again from there")
 
 
 def drop_parts(objects: Objects) -> None:
@@ -105,6 +128,3 @@ def drop_parts(objects: Objects) -> None:
     parts = begun_parts(objects)
     for name in parts.manifests if parts else ():
         objects.delete(name)
-        if isinstance(objects, FolderObjects):
-            with suppress(OSError):
-                (objects.folder / name).parent.rmdir()

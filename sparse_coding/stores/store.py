@@ -28,7 +28,7 @@ from sparse_coding.stores.manifest import (
     found_manifest,
     read_manifest,
 )
-from sparse_coding.stores.objects import ObjectMissing, Objects, ObjectTruncated, open_objects
+from sparse_coding.stores.objects import ObjectDamaged, ObjectMissing, Objects, open_objects
 from sparse_coding.stores.shard_file import Damaged, ShardFile, read_header
 from sparse_coding.stores.writer import StoreWriter
 
@@ -50,6 +50,7 @@ __all__ = [
 
 CHECKED_BYTES = 8 << 20
 """Read at once where a whole file is checked."""
+MEND = "copy the file again from where it is whole, or delete the store and harvest it again"
 
 
 class Store:
@@ -132,7 +133,7 @@ class Store:
             return
         raise Damaged(
             f"{self.url}/{file.name} is damaged: rows {wrong[0]} to {wrong[1] - 1} are not what was written (their "
-            "checksum is another); copy the file again from where it is whole, or harvest again",
+            f"checksum is another); {MEND}",
             file.name,
         )
 
@@ -150,7 +151,7 @@ class Store:
         name = self.file(site, shard).name
         try:
             data = self.objects.get(name)
-        except (ObjectMissing, ObjectTruncated) as error:
+        except ObjectDamaged as error:
             raise Damaged(str(error), name) from None
         if hashlib.sha256(data).hexdigest() != self.manifest.shards[shard].files[name].sha256:
             raise self._wrong_checksum(name)
@@ -188,7 +189,7 @@ class Store:
         self.file(part, shard)
         try:
             digest = self.objects.sha256(name)
-        except (ObjectMissing, ObjectTruncated) as error:
+        except ObjectDamaged as error:
             raise Damaged(str(error), name) from None
         if digest != self.manifest.shards[shard].files[name].sha256:
             raise self._wrong_checksum(name)
@@ -240,7 +241,7 @@ class Store:
                 self._files[name] = read_header(
                     self.objects, name, size, expected, info.header, 0 if part is None else rows
                 )
-            except (ObjectMissing, ObjectTruncated) as error:
+            except ObjectDamaged as error:
                 raise Damaged(str(error), name) from None
         return self._files[name]
 
@@ -249,12 +250,11 @@ class Store:
             return
         try:
             self.objects.read_into(name, start, out.reshape(-1).view(np.uint8).data)
-        except (ObjectMissing, ObjectTruncated) as error:
+        except ObjectDamaged as error:
             raise Damaged(str(error), name) from None
 
     def _wrong_checksum(self, name: str) -> Damaged:
         return Damaged(
-            f"{self.url}/{name} is damaged: its checksum is not the manifest's; copy the file again from where it is "
-            "whole, or harvest again",
+            f"{self.url}/{name} is damaged: its checksum is not the manifest's; {MEND}",
             name,
         )

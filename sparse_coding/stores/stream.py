@@ -79,7 +79,9 @@ class StoreStream:
         self.weights = self._checked_weights(weights, shuffled)
         self.skipped: list[str] = []
         """What is wrong with each shard left out."""
-        sound = [self._sound_rows(store, skip_damaged, verify or skip_damaged) for store in self.stores]
+        self.left_out: list[list[int]] = []
+        """Number of the store and of the shard, for each."""
+        sound = [self._sound_rows(number, skip_damaged, verify or skip_damaged) for number in range(len(self.stores))]
         widest = [max(store.widths.values()) for store in self.stores]
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
@@ -106,7 +108,6 @@ class StoreStream:
         self._summed = all(store.summed(self.sites) for store in self.stores)
         self._finite_block: tuple[int, int] | None = None
         self._straddling: tuple[int, dict[str, list[Tensor]]] | None = None
-        self.rows_served = 0
 
     @property
     def n_batches(self) -> int:
@@ -130,7 +131,6 @@ class StoreStream:
             parts = self._straddling[1]
         else:
             parts = self._parts(step)
-        self.rows_served += self.batch_size
         return {name: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for name, pieces in parts.items()}
 
     def close(self) -> None:
@@ -230,25 +230,19 @@ class StoreStream:
             raise UserError("weights need shuffled rows: leave them out, or shuffle")
         return found
 
-    def _sound_rows(self, store: Store, skip_damaged: bool, verify: bool) -> list[int]:
-        """Rows of each shard, 0 where it is left out."""
-
-        def damage(shard: int) -> Damaged | None:
-            try:
-                for site in self.sites:
-                    store.file(site, shard)
-                    if verify:
-                        store.check_shard(site, shard)
-            except Damaged as found:
-                return found
-            return None
-
+    def _sound_rows(self, number: int, skip_damaged: bool, verify: bool) -> list[int]:
+        """Rows of each shard of a store, 0 where it is left out."""
+        store = self.stores[number]
         rows = list(store.shard_rows)
+
+        def look(shard: int) -> Damaged | None:
+            return damage(store, self.sites, shard, verify) if rows[shard] else None  # of others nothing is read
+
         label = f"checking {store.url} before the first batch"
         shown = Progress(label, len(rows), "shards") if verify else nullcontext()
         # A thread each takes the next shard, so the first damage found ends the search.
         with ThreadPoolExecutor(CHECKERS) as threads, shown as progress:
-            for shard, found in enumerate(threads.map(damage, range(len(rows)))):
+            for shard, found in enumerate(threads.map(look, range(len(rows)))):
                 if progress:
                     progress.update(shard + 1)
                 if found and not skip_damaged:
@@ -256,10 +250,23 @@ class StoreStream:
                     raise UserError(f"{found}; or leave its shard out with --skip-damaged")
                 if found:
                     self.skipped.append(str(found))
+                    self.left_out.append([number, shard])
                     rows[shard] = 0
         if not any(rows):
             raise UserError(f"all shards of {store.url} are damaged, the first: {self.skipped[0]}")
         return rows
+
+
+def damage(store: Store, sites: Sequence[str], shard: int, verify: bool) -> Damaged | None:
+    """What is wrong with a shard's files of these sites: with size and header, and where `verify`, with the rows."""
+    try:
+        for site in sites:
+            store.file(site, shard)
+            if verify:
+                store.check_shard(site, shard)
+    except Damaged as found:
+        return found
+    return None
 
 
 def _finite(x: Tensor) -> bool:

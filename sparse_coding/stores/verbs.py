@@ -167,7 +167,8 @@ def main(arguments: Sequence[str]) -> None:
             print(f"  {name:<8} {verb.__doc__}")
         return
     if arguments[0] not in VERBS:
-        raise UserError(f"unknown verb {arguments[0]!r} of store: have {', '.join(VERBS)}{near(arguments[0], VERBS)}")
+        hint = near(arguments[0], VERBS, cutoff=0.6)  # the verbs are short: half their letters is too little
+        raise UserError(f"unknown verb {arguments[0]!r} of store: have {', '.join(VERBS)}{hint}")
     VERBS[arguments[0]](arguments[1:])
 
 

@@ -55,6 +55,8 @@ class StoreWriter:
     ):
         """Begin a store, or go on with one that the same settings began: `rows` says how many it has already.
 
+        A shard of it with a file that is missing or of another size or header is given up, and those after it.
+
         widths: by site. shard_rows: by default files of about 64 MiB. modules: by site, for people to read. tokens:
         columns kept beside the rows and their dtypes, as {"token": "I32", "context": "I64", "position": "I32"}. affine:
         by site, int8's mean and scale, by default chosen from the first rows. uploads: files in flight at most.
@@ -71,7 +73,10 @@ class StoreWriter:
         if shard_rows > (most := self._group_rows * LARGEST_HEADER // (2 * DIGITS)):
             raise UserError(f"shard_rows is {shard_rows}: it must be at most {most}")
         asked = asked_manifest(widths, source, codec, shard_rows, modules, tokens, affine, versions, run)
-        self._outbox = Outbox(self.objects, begun(self.objects, asked), uploads, self._group_rows)
+        from sparse_coding.stores.intact import intact  # it reads stores, and store.py offers this class
+
+        there = intact(self.objects, begun(self.objects, asked))
+        self._outbox = Outbox(self.objects, there, uploads, self._group_rows)
         self._data_start = data_start(-(-shard_rows // self._group_rows))
         self._buffers: dict[str, np.ndarray] = {}
         self._token_columns: dict[str, np.ndarray] = {}
@@ -96,8 +101,9 @@ class StoreWriter:
         """Add n rows of every site, and their columns of tokens `[n]` if the store keeps them.
 
         Rows may be on any device. Waits where `uploads` files are in flight. Raises `UserError` for NaN or infinity,
-        and what sending a shard before this one raised.
+        and what sending a shard before these raised.
         """
+        self._outbox.settle()
         n_rows = len(next(iter(rows.values())))
         columns = self._columns(tokens, n_rows)
         assert set(rows) == set(self.manifest.sites)

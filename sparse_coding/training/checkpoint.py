@@ -108,7 +108,10 @@ def best(folder: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Te
 
 
 def read(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of one checkpoint. Raises `DamagedCheckpoint`, and `UserError` for another format."""
+    """Tensors and facts of one checkpoint.
+
+    Raises `DamagedCheckpoint`, and `UserError` for another format and where the system fails to read, which may pass.
+    """
     try:
         written = json.loads((path / FACTS).read_text(encoding="utf-8"))
         if written["format"] != FORMAT:
@@ -118,9 +121,14 @@ def read(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tens
             raise DamagedCheckpoint(f"wrong checksum of {FACTS}")
         if file_sha256(path / TENSORS) != facts["tensors_sha256"]:
             raise DamagedCheckpoint(f"wrong checksum of {TENSORS}")
-        return load_file(path / TENSORS, device=str(device)), facts
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{type(error).__name__}: {error}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    try:  # its bytes are those that were written
+        return load_file(path / TENSORS, device=str(device)), facts
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
 
 
 def newest_step(folder: Path) -> int:
@@ -144,19 +152,29 @@ def _order(path: Path) -> tuple[int, bool]:
 
 
 def _fvu(path: Path) -> float:
-    """What a checkpoint says of its FVU; infinity where it says nothing that can be read."""
+    """What a checkpoint says of its FVU; infinity where it says nothing. Raises `UserError` where reading it fails."""
     try:
         value = json.loads((path / FACTS).read_text(encoding="utf-8"))["facts"]["fvu"]
         return value if isinstance(value, float) and math.isfinite(value) else math.inf
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return math.inf
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    why = (isinstance(error, OSError) and error.strerror) or error
+    return UserError(f"the checkpoint {path} cannot be read now ({why}); it stays: start the same command again")
 
 
 def _prune(folder: Path, keep: int, keep_best: bool) -> None:
     there = _complete(folder)
     kept = set(there[-keep:])
     if keep_best:
-        lowest = min(there, key=_fvu)
+        try:
+            lowest = min(there, key=_fvu)
+        except UserError:  # any of them may be the best: all stay until the next time
+            return
         kept |= {lowest} if math.isfinite(_fvu(lowest)) else set()
     for old in set(there) - kept:
         shutil.rmtree(old, ignore_errors=True)

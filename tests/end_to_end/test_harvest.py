@@ -22,6 +22,8 @@ from sparse_coding.errors import Interrupted, UserError, reported
 from sparse_coding.harvest import harvest
 from sparse_coding.harvest_flags import HarvestFlags
 from sparse_coding.pipeline import run
+from sparse_coding.stores.objects import open_objects
+from sparse_coding.stores.own import own
 from sparse_coding.stores.store import Store
 from tests.end_to_end.harvesting import (
     AFTER,
@@ -191,6 +193,7 @@ def test_two_processes_leave_the_files_that_one_does(small_gpt2, small_text, tmp
         (["--layer", "99"], "layer 99: this model has layers 0 to 2"),
         (["--codec", "bf17"], "--codec"),
         (["--tokens", "0"], "--tokens is 0"),
+        (["--tokens", "-5"], "--tokens is -5: it must be at least 1"),
         (["--shard-rows", "0"], "--shard-rows is 0"),
         (["--context", "1000"], "takes at most 32"),
         (["--held-out", "2"], "--held-out is 2"),
@@ -220,10 +223,42 @@ def test_a_store_of_other_settings_or_in_use_is_not_continued(harvested, small_g
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds other files"):
         harvest(flags(small_gpt2, small_text, tmp_path))
-    from sparse_coding.harvest import own
+    with own(open_objects(tmp_path / "s")):
+        with pytest.raises(UserError, match=f"is being written by process {os.getpid()} on "):
+            harvest(flags(small_gpt2, small_text, tmp_path / "s"))
+        assert (tmp_path / "s").exists()
 
-    with own(str(tmp_path / "s")), pytest.raises(UserError, match="being written by another harvest"):
-        harvest(flags(small_gpt2, small_text, tmp_path / "s"))
+
+def test_only_what_a_killed_harvest_left_is_removed(small_gpt2, small_text, tmp_path):
+    """Not a file with a date, not what lies in another store below, and nothing where it turns out to be no store."""
+    parent, store = tmp_path / "p", tmp_path / "p" / "child"
+    for place in (store, store / "site-0", store / "tokens", store / "more"):
+        place.mkdir(parents=True, exist_ok=True)
+    (store / "manifest.json.abcd123_").touch()
+    (store / "writer.json").touch()
+    with pytest.raises(UserError, match=r"holds other files \(child/manifest\.json\.abcd123_\)"):
+        harvest(flags(small_gpt2, small_text, parent))
+    assert (store / "manifest.json.abcd123_").exists()
+    harvest(flags(small_gpt2, small_text, store, "--sites", HIDDEN))  # a lone leftover does not stand in the way
+    left = ["manifest.json.abcd123_", "site-0/00003.safetensors.abcdefgh", "tokens/00000.safetensors.a1b2c3d4"]
+    mine = ["manifest.json.20261126", "more/manifest.json.abcdefgh", "site-0/00003.safetensors.tar.gz"]
+    for name in (*left, *mine):
+        (store / name).touch()
+    with pytest.raises(UserError, match="other settings"):
+        harvest(flags(small_gpt2, small_text, store, "--sites", BEFORE))
+    assert all((store / name).exists() for name in left)
+    harvest(flags(small_gpt2, small_text, store, "--sites", HIDDEN))
+    assert {name for name in (*left, *mine) if (store / name).exists()} == set(mine)
+    assert not (store / "writer.json").exists()
+
+
+def test_a_file_system_without_locks_is_told_apart_from_another_writer(tmp_path, monkeypatch, capsys):
+    def none(*_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("sparse_coding.stores.own.fcntl.flock", none)
+    with own(open_objects(tmp_path / "s")):
+        assert "this file system has no locks (Bad file descriptor)" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_too_small_is_said_beforehand(small_gpt2, small_text, tmp_path, monkeypatch):

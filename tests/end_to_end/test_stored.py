@@ -12,7 +12,8 @@ import torch
 from sparse_coding.errors import Interrupted, UserError, reported
 from sparse_coding.harvest import harvest
 from sparse_coding.pipeline import run
-from sparse_coding.stores.store import Store
+from sparse_coding.stores.copying import merged
+from sparse_coding.stores.store import Source, Store, StoreWriter
 from sparse_coding.stores.stream import StoreStream
 from sparse_coding.training.run_folder import read_lines
 from tests.end_to_end.harvesting import (
@@ -176,9 +177,97 @@ def test_damage_is_named_or_skipped(small_gpt2, small_text, tmp_path, capsys):
     with pytest.raises(UserError, match=r"00003\.safetensors.*--skip-damaged"):
         run(settings(*run_flags(tmp_path / "s", tmp_path / "r")))
     run(settings(*run_flags(tmp_path / "s", tmp_path / "r", "--skip-damaged")))
-    assert "1 damaged shards are left out, such as" in capsys.readouterr().out
+    assert "1 damaged shard is left out: " in capsys.readouterr().out
     skipped = json.loads((tmp_path / "r" / "settings.json").read_text())["data"]["stores"]["skipped"]
     assert len(skipped) == 1
+
+
+def test_damage_in_the_rows_kept_apart_is_met_before_training(small_gpt2, small_text, tmp_path, capsys):
+    model = shutil.copytree(small_gpt2, tmp_path / "model")
+    harvest(flags(model, small_text, tmp_path / "s", "--sites", HIDDEN))
+    shutil.rmtree(model)
+    path = tmp_path / "s" / "site-0" / "00009.safetensors"
+    data = bytearray(path.read_bytes())
+    for gone in (False, True):
+        path.unlink()
+        if not gone:
+            data[-1000 * 64 * 2] ^= 1  # in its row 34: among those that are measured on
+            path.write_bytes(data)
+        with pytest.raises(UserError, match=r"00009\.safetensors is (damaged|missing).*--skip-damaged"):
+            run(settings(*run_flags(tmp_path / "s", tmp_path / "r")))
+        assert not (tmp_path / "r").exists(), "nothing was trained"
+        out = tmp_path / f"skipped-{gone}"
+        run(settings(*run_flags(tmp_path / "s", out, "--skip-damaged")))
+        assert "1 damaged shard is left out: " in capsys.readouterr().out
+        assert all(record["metrics"]["rows"] == 1000 for record in read_lines(out / "results.jsonl"))
+    from sparse_coding.stored import RowsApart
+
+    store = Store.open(tmp_path / "s")
+    apart = RowsApart([store], [HIDDEN], "cpu", skip_damaged=True)
+    assert (apart.rows, store.shard_rows[8:]) == (1402, [3000 - 1402, 0]), "of the shard before"
+
+
+def test_a_run_with_a_checkpoint_is_not_continued_without_other_shards(small_gpt2, small_text, tmp_path, monkeypatch):
+    harvest(flags(small_gpt2, small_text, tmp_path / "s", "--sites", HIDDEN))
+    shards = [tmp_path / "s" / "site-0" / f"0000{shard}.safetensors" for shard in (3, 5)]
+    kept = [path.read_bytes() for path in shards]
+    shards[0].unlink()
+    words = run_flags(tmp_path / "s", tmp_path / "r", "--skip-damaged")
+    with monkeypatch.context() as patch:
+        patch.setattr("sparse_coding.pipeline.evaluate", lambda *_: (_ for _ in ()).throw(Interrupted("here")))
+        with pytest.raises(Interrupted):
+            run(settings(*words))
+    shards[1].unlink()
+    with pytest.raises(UserError, match=r"shard 5 of .* was sound when .* and is damaged now.*--fresh"):
+        run(settings(*words))
+    shards[0].write_bytes(kept[0])
+    shards[1].write_bytes(kept[1])
+    with pytest.raises(UserError, match=r"shard 3 of .* was left out as damaged when .* and is whole now.*--fresh"):
+        run(settings(*words))
+    shards[0].write_bytes(kept[0][:-1])  # another damage, the same rows
+    run(settings(*words))
+    run(settings(*run_flags(tmp_path / "s", tmp_path / "whole", "--skip-damaged")))
+    results = [(tmp_path / name / "results.jsonl").read_bytes() for name in ("r", "whole")]
+    assert results[0] == results[1]
+    shutil.rmtree(tmp_path / "r")
+    with monkeypatch.context() as patch:  # before there is a checkpoint the damage may be any
+        patch.setattr("sparse_coding.pipeline.Trainer", lambda *_: (_ for _ in ()).throw(Interrupted("here")))
+        with pytest.raises(Interrupted):
+            run(settings(*words))
+    assert (tmp_path / "r" / "settings.json").exists()
+    shards[1].unlink()
+    run(settings(*words))
+
+
+def test_a_merged_store_of_several_texts(small_gpt2, small_text, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(small_text.read_text().splitlines()[:150]))
+    harvest(flags(small_gpt2, small_text, tmp_path / "a", "--sites", HIDDEN))
+    harvest(flags(small_gpt2, other, tmp_path / "b", "--sites", HIDDEN))
+    merged([Store.open(tmp_path / "a"), Store.open(tmp_path / "b")], str(tmp_path / "m"))
+    words = ("--ratios", "1", "--l1", "1")
+    run(settings(*run_flags(tmp_path / "m", tmp_path / "r", *words)))
+    assert "is of several texts: name one to measure on with --text" in capsys.readouterr().out
+    run(settings(*run_flags(tmp_path / "m", tmp_path / "r2", *words, "--text", str(other))))
+    known = json.loads((tmp_path / "r2" / "settings.json").read_text())["data"]
+    assert known["stores"]["measured_on"] == "held-out text"
+    with pytest.raises(UserError, match=r"--held-out is 0\.5: 0\.05 of the documents"):
+        run(settings(*run_flags(tmp_path / "m", tmp_path / "r3", *words, "--text", str(other), "--held-out", "0.5")))
+    other.write_text(other.read_text() + '\n{"text": "one more"}')
+    with pytest.raises(UserError, match=r"other\.jsonl has changed since"):
+        run(settings(*run_flags(tmp_path / "m", tmp_path / "r3", *words, "--text", str(other))))
+    run(settings(*run_flags(tmp_path / "b", tmp_path / "r4", *words)))  # not asked for: measured otherwise
+    assert "other.jsonl has changed since" in capsys.readouterr().out
+
+
+def test_a_store_of_a_text_in_words_and_a_context(tmp_path):
+    """As a writer of one's own may leave it: nothing is to be had but its rows."""
+    with StoreWriter(tmp_path / "s", {"here": 8}, Source("mine", text="letters", context=16), shard_rows=500) as writer:
+        writer.append({"here": torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))})
+        writer.finish()
+    run(settings(*run_flags(tmp_path / "s", tmp_path / "r", "--tokens", "2k", "--ratios", "1", "--l1", "1")))
+    known = json.loads((tmp_path / "r" / "settings.json").read_text())["data"]
+    assert known["stores"]["measured_on"] == "rows of the stores"
 
 
 def test_the_share_of_waiting_is_what_a_slow_store_costs(small_gpt2, small_text, tmp_path, monkeypatch):

@@ -103,6 +103,25 @@ def test_names_cannot_lead_out(objects, name):
 # ---- folders
 
 
+def test_folders_that_a_delete_empties_go_with_it_and_no_others(tmp_path):
+    root = tmp_path / "store"
+    objects = open_objects(root)
+    for name in ("a/b/c/1", "a/b/c/2", "a/3", "d"):
+        objects.put(name, b"x")
+
+    def folders():
+        return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_dir())
+
+    objects.delete("a/b/c/1")
+    assert folders() == ["a", "a/b", "a/b/c"]
+    objects.delete("a/b/c/2")
+    assert folders() == ["a"]
+    for name in ("a/3", "d", "d", "never/there"):
+        objects.delete(name)
+    assert root.is_dir()
+    assert not list(root.iterdir())
+
+
 def test_a_put_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     objects = open_objects(tmp_path)
     objects.put("a", b"old")

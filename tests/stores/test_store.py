@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import time
 from dataclasses import replace
@@ -11,10 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from sparse_coding.errors import UserError
+from sparse_coding.stores import ranges
 from sparse_coding.stores.codec import CODECS
 from sparse_coding.stores.manifest import from_json, read_manifest
 from sparse_coding.stores.objects import FolderObjects, open_objects
 from sparse_coding.stores.store import Damaged, Source, Store, StoreWriter
+from sparse_coding.stores.stream import StoreStream
+from sparse_coding.stores.verbs import damages
 from tests.stores.fake_s3 import KEY, SECRET, serving
 
 WIDTHS = {"blocks.0.mlp": 6, "blocks.1": 4}
@@ -170,6 +175,20 @@ def test_the_manifest_counts_a_shard_only_when_its_files_are_there(tmp_path):
     assert seen[-1] == (4, [])
     assert len(seen) > 2
     assert not any(missing for _, missing in seen)
+
+
+def test_a_shard_is_counted_when_it_is_durable_not_when_the_next_one_is_sent(tmp_path):
+    rows, _ = sample()
+    objects = Watched(tmp_path)
+    writer = StoreWriter(objects, WIDTHS, SOURCE, shard_rows=16)
+    writer.append({name: x[:16] for name, x in rows.items()})
+    for row in range(16, 31):  # less than a second shard
+        writer.append({name: x[row : row + 1] for name, x in rows.items()})
+        time.sleep(0.05)
+        if counted := read_manifest(objects).rows:
+            break
+    writer.close()
+    assert counted == 16
 
 
 def test_uploads_in_flight_are_bounded(tmp_path):
@@ -349,6 +368,68 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
     damage(tmp_path / "site-1/00001.safetensors", "truncated")
     with pytest.raises(Damaged, match=r"site-1/00001.safetensors is truncated"):
         store.read_rows("blocks.1", 1, 0, 16)
+
+
+def failing(monkeypatch, path, code):
+    """Reading a file fails as a disk does."""
+    real = type(path).open
+
+    def open_(self, *arguments, **named):
+        if self == path:
+            raise OSError(code, os.strerror(code), str(self))
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(type(path), "open", open_)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_a_file_that_the_system_cannot_read_is_damaged(tmp_path, monkeypatch, code):
+    rows, tokens = sample()
+    write(tmp_path, rows, tokens)
+    name = "site-1/00001.safetensors"
+    opened = Store.open(tmp_path)
+    opened.read_rows("blocks.1", 1, 0, 1)
+    failing(monkeypatch, tmp_path / name, code)
+    for store in (opened, Store.open(tmp_path)):
+        for action in (
+            lambda store: store.check(name, 1),
+            lambda store: store.check_shard("blocks.1", 1),
+            lambda store: store.read_rows("blocks.1", 1, 0, 16),
+            lambda store: store.read_shard("blocks.1", 1),
+        ):
+            with pytest.raises(Damaged, match=f"{name} cannot be read: {os.strerror(code)}") as caught:
+                action(store)
+            assert caught.value.name == name
+    assert [one.name for one in damages(Store.open(tmp_path))] == [name], "verify goes on and lists it"
+    with StoreStream(tmp_path, ["blocks.1"], batch_size=4, buffer_rows=16, skip_damaged=True) as stream:
+        assert stream.rows_per_epoch == N - 16
+        assert name in stream.skipped[0]
+
+
+def test_too_many_open_files_say_nothing_about_a_file(tmp_path, monkeypatch):
+    rows, tokens = sample()
+    write(tmp_path, rows, tokens)
+    failing(monkeypatch, tmp_path / "site-1" / "00001.safetensors", errno.EMFILE)
+    with pytest.raises(UserError, match="Too many open files") as caught:
+        Store.open(tmp_path).check("site-1/00001.safetensors", 1)
+    assert not isinstance(caught.value, Damaged)
+
+
+@pytest.mark.parametrize("call", ["open", "preadv"])
+def test_a_read_that_fails_in_training_names_the_file_and_the_way_out(tmp_path, monkeypatch, call):
+    rows, tokens = sample()
+    write(tmp_path, rows, tokens)
+
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with StoreStream(tmp_path, ["blocks.1"], batch_size=4, buffer_rows=16) as stream:
+        monkeypatch.setattr(ranges.os, call, fails)
+        with pytest.raises(
+            Damaged, match=r"site-1/0000\d.safetensors cannot be read: Input/output error; .*--skip-damaged"
+        ):
+            stream.batch(0)
+        monkeypatch.undo()
 
 
 # ---- on S3

@@ -12,6 +12,10 @@ import torch
 from sparse_coding.__main__ import main
 from sparse_coding.errors import UserError
 from sparse_coding.stores import copying
+from sparse_coding.stores import own as own_module
+from sparse_coding.stores.manifest import LEASE
+from sparse_coding.stores.objects import FolderObjects
+from sparse_coding.stores.own import HALF_WRITTEN, own
 from sparse_coding.stores.store import Damaged, Source, Store, StoreWriter
 from tests.stores.fake_s3 import serving
 
@@ -153,6 +157,61 @@ def test_a_merged_store_has_the_rows_of_all(tmp_path):
     assert store.read_tokens(3, 0, 2)["token"].tolist() == [1000, 1001]
 
 
+def leftovers(folder):
+    return [name for name in files(folder) if HALF_WRITTEN.fullmatch(name)]
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_one_copy_at_a_time_and_what_a_killed_one_left_is_removed(tmp_path, codec):
+    make(tmp_path / "s")
+    source, target = Store.open(tmp_path / "s"), tmp_path / "t"
+    with own(FolderObjects(target)), pytest.raises(UserError, match=r"t is being written by process \d+ on "):
+        copying.copied(source, str(target), codec)
+    assert not target.exists()
+    (target / "site-0").mkdir(parents=True)
+    for name in ("manifest.json.abcd123_", "site-0/00000.safetensors.abcdefgh"):
+        (target / name).touch()
+    copying.copied(source, str(target), codec)
+    assert not leftovers(target)
+    assert "writer.json" not in files(target)
+    with own(FolderObjects(tmp_path / "m")), pytest.raises(UserError, match="m is being written by"):
+        copying.merged([source, source], str(tmp_path / "m"))
+
+
+def test_a_folder_is_locked_until_its_writer_ends_or_dies(tmp_path):
+    script = (
+        "import sys, time; from sparse_coding.stores.objects import FolderObjects as F; from pathlib import Path\n"
+        "from sparse_coding.stores.own import own\n"
+        "with own(F(Path(sys.argv[1]))): print('mine', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "t")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(UserError, match=f"by process {other.pid} on"), own(FolderObjects(tmp_path / "t")):
+            pass
+        other.kill()
+    make(tmp_path / "s")
+    copying.copied(Store.open(tmp_path / "s"), str(tmp_path / "t"))
+    assert files(tmp_path / "t") == files(tmp_path / "s")
+
+
+def test_a_lock_that_its_owner_took_away_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    real, taken = own_module.fcntl.flock, []
+
+    def late(file, how):
+        if not taken:
+            (tmp_path / LEASE).unlink()  # between our opening it and our lock on it
+        taken.append(1)
+        real(file, how)
+
+    monkeypatch.setattr("sparse_coding.stores.own.fcntl.flock", late)
+    with own(FolderObjects(tmp_path)):
+        assert len(taken) == 2
+        with pytest.raises(UserError, match="is being written by"), own(FolderObjects(tmp_path)):
+            pass
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -181,6 +240,7 @@ def test_int8_of_different_scales_is_not_merged(tmp_path):
     ("arguments", "words"),
     [
         (["inof"], "did you mean 'info'"),
+        (["frob"], "have info, verify, copy, merge$"),
         (["info", "/nowhere/at/all"], "is no store"),
         (["merge", "a", "--to", "b"], "two or more"),
         (["copy", "a"], "Missing .* A new folder"),

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -112,6 +115,54 @@ def test_missing_tensors_give_way_too(tmp_path):
     saved(tmp_path, 10, 20)
     (tmp_path / "step-000000020" / "state.safetensors").unlink()
     assert checkpoint.newest(tmp_path)[1]["step"] == 10
+
+
+def failing(monkeypatch, *paths):
+    """A disk that does not answer now."""
+    for name in ("open", "read_text"):
+        real = getattr(type(paths[0]), name)
+
+        def fails(self, *arguments, real=real, **named):
+            if self in paths:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+            return real(self, *arguments, **named)
+
+        monkeypatch.setattr(type(paths[0]), name, fails)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_a_read_that_fails_in_passing_costs_no_checkpoint(tmp_path, monkeypatch, name):
+    saved(tmp_path, 10)
+    checkpoint.save(tmp_path, 20, TENSORS, {"fvu": 0.1})
+    failing(monkeypatch, tmp_path / "step-000000020" / name)
+    for read in (checkpoint.newest, checkpoint.best):
+        with pytest.raises(UserError, match=r"step-000000020 cannot be read now .Input/output error.; it stays"):
+            read(tmp_path)
+    monkeypatch.undo()
+    assert checkpoint.newest(tmp_path)[1]["step"] == 20
+
+
+def test_tensors_that_are_whole_but_cannot_be_loaded_now_cost_no_checkpoint(tmp_path, monkeypatch):
+    saved(tmp_path, 10, 20)
+
+    def fails(*_, **__):
+        raise FileNotFoundError("No such file or directory")  # what safetensors makes of any error of open
+
+    monkeypatch.setattr(checkpoint, "load_file", fails)
+    with pytest.raises(UserError, match="step-000000020 cannot be read now"):
+        checkpoint.newest(tmp_path)
+    assert steps(tmp_path) == [10, 20]
+
+
+def test_the_best_one_stays_where_its_facts_cannot_be_read_now(tmp_path, monkeypatch):
+    for step, fvu in ((1, 0.1), (2, 0.4)):
+        checkpoint.save(tmp_path, step, TENSORS, {"fvu": fvu}, keep=1, keep_best=True)
+    failing(monkeypatch, tmp_path / "step-000000001" / "state.json")
+    checkpoint.save(tmp_path, 3, TENSORS, {"fvu": 0.3}, keep=1, keep_best=True)
+    monkeypatch.undo()
+    assert steps(tmp_path) == [1, 2, 3]
+    checkpoint.save(tmp_path, 4, TENSORS, {"fvu": 0.2}, keep=1, keep_best=True)
+    assert steps(tmp_path) == [1, 4]
 
 
 def test_as_many_as_asked_for_are_kept_and_the_best(tmp_path):
