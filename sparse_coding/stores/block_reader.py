@@ -245,7 +245,7 @@ def _work(jobs: SimpleQueue, stop: threading.Event) -> None:
             if not block.cancelled and not stop.is_set():
                 action()
         except Damaged as damaged:
-            error = Damaged(f"{damaged}; or leave its shard out with --skip-damaged", damaged.name)
+            error = Damaged(f"{damaged}; or begin anew (--fresh) without its shard (--skip-damaged)", damaged.name)
         except BaseException as other:
             error = other
         block.finished(error)

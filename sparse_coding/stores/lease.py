@@ -74,7 +74,7 @@ def leased(objects: S3Objects) -> Iterator[None]:
 
 
 def only_writer(objects: Objects) -> contextlib.AbstractContextManager[None]:
-    """`leased` on S3, nothing for a folder, which harvest locks."""
+    """`leased` on S3, nothing for anything else: `own` locks folders."""
     return leased(objects) if isinstance(objects, S3Objects) else contextlib.nullcontext()
 
 

@@ -107,7 +107,7 @@ def verify(arguments: Sequence[str]) -> None:
     if damaged:
         raise UserError(
             f"{len(damaged)} of {n_files} files of {store.url} are damaged, as listed: copy them again from where they "
-            "are whole, harvest again, or train with --skip-damaged"
+            "are whole, delete the store and harvest it again, or train with --skip-damaged"
         )
     if not store.manifest.complete:
         print("note: the store is not finished; the command that writes it goes on with it")
