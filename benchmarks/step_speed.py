@@ -79,7 +79,7 @@ def method(name: str, kind: type) -> Iterator[None]:
     if name == "C++":
         yield
     elif name == "operators":
-        with mock.patch.object(sparse_native, "library", return_value=None):
+        with mock.patch.object(sparse_native, "loaded", return_value=None):
             yield
     else:
         with mock.patch.object(kind, "fused_gradients", return_value=None):

@@ -36,7 +36,7 @@ class Problem(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def loaded() -> ctypes.CDLL | None:
     """The compiled step; None where there is no compiler, it was switched off, or it differs from torch's."""
     found = compiled("adam_step.cpp", SOURCES)
     return found if found and is_exact(found) else None
@@ -63,7 +63,7 @@ def step(
 
     Member m learns at the rate `lrs[m]`.
     """
-    found = library()
+    found = loaded()
     return found is not None and call(found, parameters, gradients, moments, steps, lrs, betas, eps)
 
 

@@ -35,7 +35,7 @@ def compiled(main: str, sources: Sequence[Path]) -> ctypes.CDLL | None:
     if os.environ.get("SPARSE_CODING_NATIVE", "1") == "0":
         return None
     try:
-        library = ctypes.CDLL(str(library_file(main, sources)))
+        library = ctypes.CDLL(str(built_file(main, sources)))
     except (CannotCompile, OSError) as reason:
         print(f"no compiled training step ({reason}): torch's operators take its place, more slowly", file=sys.stderr)
         return None
@@ -70,7 +70,7 @@ def openmp() -> ctypes.CDLL | None:
     return None
 
 
-def library_file(main: str, sources: Sequence[Path]) -> Path:
+def built_file(main: str, sources: Sequence[Path]) -> Path:
     """The library's file, compiled now where it is not there yet."""
     if not hasattr(os, "getuid"):
         raise CannotCompile("this system does not say whose a file is")

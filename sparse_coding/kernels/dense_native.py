@@ -35,7 +35,7 @@ class Problem(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def loaded() -> ctypes.CDLL | None:
     """The compiled step; None where there is no compiler (said once) or it was switched off."""
     return compiled("dense_step.cpp", SOURCES)
 
@@ -44,7 +44,7 @@ def serves(problem: DenseProblem, dtype: torch.dtype) -> bool:
     tensors = [problem.x, problem.target, *(getattr(problem, name) for name in PARAMETERS)]
     fits = all(one is None or one.dtype == torch.float32 for one in tensors)
     wanted = dtype in (torch.float32, torch.bfloat16)
-    return fits and wanted and problem.x.device.type == "cpu" and library() is not None
+    return fits and wanted and problem.x.device.type == "cpu" and loaded() is not None
 
 
 def step(problem: DenseProblem, dtype: torch.dtype) -> DenseResult | None:
@@ -68,7 +68,7 @@ def step(problem: DenseProblem, dtype: torch.dtype) -> DenseResult | None:
         *(dtype == torch.bfloat16, problem.subtracts, problem.frozen, problem.error_weight / rows),
         *(None if value is None else value.data_ptr() for value in pointers),
     )
-    if library().dense_step(ctypes.byref(arguments)):  # type: ignore[union-attr]
+    if loaded().dense_step(ctypes.byref(arguments)):  # type: ignore[union-attr]
         return None
     squared_error, auxiliary = (sums / rows).float().unbind(1)
     codes = found["codes"].div_(rows)

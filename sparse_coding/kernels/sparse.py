@@ -107,7 +107,7 @@ def sparse_step(problem: SparseProblem, dtype: torch.dtype, densest: float = 1.0
     or than a share `densest`, is active: of some rows, or of the batch), or on another device than the CPU."""
     if problem.x.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
-    name, step = ("native", sparse_native.step) if sparse_native.library() else ("operators", sparse_operators.step)
+    name, step = ("native", sparse_native.step) if sparse_native.loaded() else ("operators", sparse_operators.step)
     densest = min(densest, DENSEST[name])
     if problem.k is not None:
         rows = len(problem.x) if problem.rule == "batch" else 1

@@ -52,7 +52,7 @@ class Problem(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def loaded() -> ctypes.CDLL | None:
     """The compiled step; None where there is no compiler (said once) or it was switched off."""
     return compiled("sparse_step.cpp", SOURCES)
 
@@ -85,7 +85,7 @@ def step(problem: SparseProblem, dtype: torch.dtype, densest: float) -> SparseRe
         *(densest, problem.error_weight),
     )
     arguments = Problem(**dict(zip((*INTEGERS, *NUMBERS), numbers, strict=True)), **pointers(tensors))
-    failed = library().sparse_step(ctypes.byref(arguments))  # type: ignore[union-attr]
+    failed = loaded().sparse_step(ctypes.byref(arguments))  # type: ignore[union-attr]
     if failed == NO_MEMORY:
         raise MemoryError
     if failed:

@@ -14,7 +14,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sparse, "DENSEST", {"native": 1.0, "operators": 1.0})
     monkeypatch.setattr(relu, "DENSEST", 1.0)
     if request.param == "operators":
-        monkeypatch.setattr(sparse_native, "library", lambda: None)
-    elif sparse_native.library() is None:
+        monkeypatch.setattr(sparse_native, "loaded", lambda: None)
+    elif sparse_native.loaded() is None:
         pytest.skip("no C++ compiler here")
     return request.param

@@ -14,7 +14,7 @@ LRS = [1e-2, 1e-3, 1e-2]
 
 @pytest.fixture
 def native():
-    if adam_native.library() is None:
+    if adam_native.loaded() is None:
         pytest.skip("no C++ compiler, or another torch rounds otherwise")
 
 

@@ -77,7 +77,7 @@ def test_no_compiler_is_told_in_one_line(source, monkeypatch, capsys):
 
 @needs_compiler
 def test_nothing_is_loaded_that_others_could_have_written(source, capsys):
-    path = compiled.library_file("answer.cpp", [source])
+    path = compiled.built_file("answer.cpp", [source])
     path.chmod(0o777)
     assert compiled.compiled("answer.cpp", [source]) is None
     path.chmod(0o700)

@@ -29,7 +29,7 @@ def path(request, monkeypatch) -> str:
     """Both implementations in turn."""
     if request.param == "operators":
         monkeypatch.setattr(dense_native, "serves", lambda *_: False)
-    elif dense_native.library() is None:
+    elif dense_native.loaded() is None:
         pytest.skip("no C++ compiler")
     return request.param
 
@@ -167,7 +167,7 @@ def test_a_few_rows_and_a_stack_of_one_member_work(name, rows, path, dense_alone
 @pytest.mark.parametrize("name", NAMES)
 def test_neither_threads_nor_other_members_change_a_bit(name, dtype, dense_alone, generator):
     """Some members are taken whole by a thread, the last ones are shared by all."""
-    if dense_native.library() is None:
+    if dense_native.loaded() is None:
         pytest.skip("no C++ compiler")
     before, stack = torch.get_num_threads(), made(name, d_in=70, d_sae=200)
     x = torch.randn(1000, 70, generator=generator)

@@ -125,7 +125,7 @@ def test_the_result_does_not_depend_on_who_computes_which_piece(dtype, implement
 
 @pytest.mark.parametrize("n_members", [1, 3, 20])  # shared, shared in part, each taken whole
 def test_torchs_threads_and_threads_of_its_own_compute_the_same(n_members, generator):
-    library = sparse.sparse_native.library()
+    library = sparse.sparse_native.loaded()
     if library is None:
         pytest.skip("no C++ compiler here")
     stack, x = stack_of("batchtopk", 16, 200, n_members, k=6), torch.randn(300, 16, generator=generator)
@@ -204,8 +204,8 @@ def test_a_weight_that_is_no_number_makes_the_loss_of_its_own_member_none_either
 @pytest.mark.parametrize("implementation_of", ["native", "operators"])
 def test_a_dense_step_is_left_to_others(implementation_of, monkeypatch, generator):
     if implementation_of == "operators":
-        monkeypatch.setattr(sparse.sparse_native, "library", lambda: None)
-    elif sparse.sparse_native.library() is None:
+        monkeypatch.setattr(sparse.sparse_native, "loaded", lambda: None)
+    elif sparse.sparse_native.loaded() is None:
         pytest.skip("no C++ compiler here")
     most = 24 if implementation_of == "native" else 5  # of 128
     x = torch.randn(200, 16, generator=generator)
@@ -224,7 +224,7 @@ def test_a_dense_step_is_left_to_others(implementation_of, monkeypatch, generato
 def test_a_batch_that_its_sample_of_rows_misled_about_is_left_to_the_definition(generator):
     """BatchTopK takes a floor from a sample of 96 rows. With one thread those are every tenth row here; where they hold
     all that is large the floor is far too high, and nobody may be left out for that."""
-    if sparse.sparse_native.library() is None:
+    if sparse.sparse_native.loaded() is None:
         pytest.skip("no C++ compiler here")
     x = torch.randn(960, 4, generator=generator)
     stack = stack_of("batchtopk", 4, 64, 1, k=2, decoder_bias=False)
