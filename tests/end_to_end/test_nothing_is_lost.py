@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,13 +44,30 @@ def undisturbed(small_gpt2, small_text, tmp_path_factory):
 def test_with_sync_a_machine_may_vanish(undisturbed, small_gpt2, small_text, tmp_path):
     """Killed without a word; the next machine has nothing but the command and the bucket."""
     bucket, out = tmp_path / "bucket", tmp_path / "first machine"
-    words = [sys.executable, "run.py", *flags(small_gpt2, small_text, out, "--sync", str(bucket))]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not list(bucket.glob("checkpoints/step-*/state.json")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    code = (  # killed as soon as a checkpoint is in the bucket, however slow the machine
+        "import os, runpy, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from sparse_coding.training.sync import Sync\n"
+        "bucket, real = Path(sys.argv.pop(1)), Sync.push\n"
+        "def push(self, folder):\n"
+        "    real(self, folder)\n"
+        "    if list(folder.glob('checkpoints/step-*/state.json')):\n"
+        "        while not list(bucket.glob('checkpoints/step-*/state.json')):\n"
+        "            time.sleep(0.001)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Sync.push = push\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path('run.py', run_name='__main__')"
+    )
+    words = flags(small_gpt2, small_text, out, "--sync", str(bucket))
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(bucket), "run.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (bucket / "results.jsonl").exists()
     shutil.rmtree(out)
     second = tmp_path / "second machine"

@@ -271,7 +271,7 @@ def test_a_store_of_a_text_in_words_and_a_context(tmp_path):
 
 
 def test_the_share_of_waiting_is_what_a_slow_store_costs(small_gpt2, small_text, tmp_path, monkeypatch):
-    """Every request to the store takes 30 ms: `batch` is timed from outside while the run trains."""
+    """Every request to the store takes 100 ms: `batch` is timed from outside while the run trains."""
     inside = []
 
     class Timed(StoreStream):
@@ -283,25 +283,18 @@ def test_the_share_of_waiting_is_what_a_slow_store_costs(small_gpt2, small_text,
                 inside.append(time.perf_counter() - began)
 
     monkeypatch.setattr("sparse_coding.stored.StoreStream", Timed)
-    shares = {}
     with serving(monkeypatch) as fake:
         harvest(flags(small_gpt2, small_text, "s3://bucket/s", "--sites", HIDDEN))
-        for delay in (0.0, 0.03):
-            out = tmp_path / f"r{delay}"
-            more = ("--buffer-rows", "512", "--ratios", "0.5", "--l1", "1", "--sites", HIDDEN, "--latents", "0")
-            words = run_flags("s3://bucket/s", out, *more)
-            words[words.index("--tokens") + 1] = "4k"
-            monkeypatch.setattr("sparse_coding.pipeline.describe", lambda *_: inside.clear())  # from training on
-            fake.delay = delay
-            run(settings(*words))
-            known = json.loads((out / "settings.json").read_text())["training"]
-            assert known["seconds_waiting"] <= sum(inside)
-            assert known["seconds_waiting"] == pytest.approx(sum(inside), rel=0.5, abs=0.3)
-            assert known["share_waiting"] * known["seconds"] == pytest.approx(known["seconds_waiting"], rel=0.3)
-            shares[delay] = known["share_waiting"]
-    assert shares[0.03] > 0.6
-    assert shares[0.0] < shares[0.03]
-    assert f"{shares[0.03]:.1%}" in (tmp_path / "r0.03" / "report.html").read_text()
+        more = ("--buffer-rows", "512", "--ratios", "0.5", "--l1", "1", "--sites", HIDDEN, "--latents", "0")
+        words = run_flags("s3://bucket/s", tmp_path / "run", *more)
+        words[words.index("--tokens") + 1] = "4k"
+        monkeypatch.setattr("sparse_coding.pipeline.describe", lambda *_: inside.clear())  # from training on
+        fake.delay = 0.1
+        run(settings(*words))
+    known = json.loads((tmp_path / "run" / "settings.json").read_text())["training"]
+    assert fake.delay <= known["seconds_waiting"] <= sum(inside)
+    assert known["share_waiting"] * known["seconds"] == pytest.approx(known["seconds_waiting"], rel=0.05)
+    assert f"{known['share_waiting']:.1%}" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
