@@ -32,11 +32,6 @@ class Grant:
     hours: float
 
 
-def worst_case(dearest: float, traffic: float, caps: Caps, machines: int = 1) -> float:
-    """The most dollars that a run can cost, known before anything is rented; dearest: $/h, from `Price.dearest`."""
-    return min(caps.max_cost, machines * (dearest * caps.max_hours + traffic))
-
-
 def reserve(record: Record, now: float) -> float:
     """Dollars to count for a rental: its cost once it is over, all that is set aside for it before."""
     if record.over:

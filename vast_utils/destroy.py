@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from vast_utils.account import CONSOLE, Account, AccountError
 from vast_utils.clock import Clock
+from vast_utils.ledger import Record
 from vast_utils.rows import Instance
 
 LIMIT = 600.0
@@ -14,6 +15,8 @@ QUIET = 5.0
 QUIET_WHEN_NEW = 60.0
 NEW = 180.0
 """A machine rented less than this many seconds ago is new."""
+LATE = 3600.0
+"""A request without an answer that is older than this, in seconds, no longer makes a machine."""
 LONGEST_PAUSE = 30.0
 
 
@@ -72,6 +75,12 @@ def destroy_all(
             return outcome
         clock.sleep(max(pause, quiet / 4))
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def quiet_for(records: Iterable[Record], now: float) -> float:
+    """How long nothing must be seen until these open rentals are over: one may be too new to be in a list."""
+    new = any(now - record.intended < (LATE if record.instance is None else NEW) for record in records)
+    return QUIET_WHEN_NEW if new else QUIET
 
 
 def _ask(account: Account, ids: Iterable[int]) -> str:

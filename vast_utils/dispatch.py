@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from sparse_coding.errors import UserError
 from vast_utils.account import AccountError, Container
 from vast_utils.budget import OverBudget
 from vast_utils.clock import Clock
@@ -21,9 +20,10 @@ from vast_utils.job import Job
 from vast_utils.ledger import run_of
 from vast_utils.offers import Need
 from vast_utils.rental import Lost, Rental
+from vast_utils.results import NotFetched, Results
 from vast_utils.rows import Instance
 from vast_utils.signals import Stopped
-from vast_utils.ssh import CommandFailed, HostKeyChanged, MachineError
+from vast_utils.ssh import HostKeyChanged, MachineError
 from vast_utils.tasks import Queue, Task
 from vast_utils.verdict import last_words, verdict
 
@@ -36,15 +36,10 @@ WIND_DOWN = 300.0
 OFFERS = 5
 """Machines that are tried before it is said that none works."""
 RETRIES = 3
-TAIL_BYTES = 4000
 
 
 class TimeUp(Exception):
     """The machine must be given back before the job has ended."""
-
-
-class NotFetched(UserError):
-    """A job ended and its results do not fit here: its machine is kept until its limit."""
 
 
 class Dispatcher:
@@ -64,12 +59,12 @@ class Dispatcher:
     ):
         """say: takes what happens; show: takes the lines of the jobs' logs. need.hours: most that a machine is for."""
         self.fleet, self.crew, self.queue, self.need = fleet, crew, queue, need
-        self.say, self.show, self.retries, self.detach, self.poll = say, show, retries, detach, poll
+        self.say, self.retries, self.detach, self.poll = say, retries, detach, poll
         self.clock: Clock = fleet.desk.clock
         self.carrying: set[threading.Thread] = set()
         """Threads that have a job on a machine."""
-        self.kept: dict[str, str] = {}
-        """Rentals that stay alive on purpose, and why."""
+        self.results = Results(crew, queue, self.clock, say, show)
+        self.kept = self.results.kept
 
     def take_over(self) -> list[Rental]:
         """Settle what an earlier dispatcher left; the machines that still work on a task."""
@@ -81,7 +76,7 @@ class Dispatcher:
                 self.say(f"machine {rental.record.instance} is there from before, with {task.name}: going on with it")
                 working.append(rental)
             else:
-                rental.destroy()
+                self.fleet.end(rental)
         return working
 
     def work(self, rental: Rental | None = None) -> None:
@@ -99,8 +94,10 @@ class Dispatcher:
                 self.queue.change(task, phase="waiting", why=str(error))
                 self.say(f"{task.name}: {error}")
                 return
-            except Stopped:
-                self.queue.change(task, phase="waiting", why="stopped")
+            except NotFetched:
+                raise
+            except (Stopped, Exception) as error:
+                self.queue.change(task, phase="waiting", why=str(error) or "stopped")
                 raise
             if rental and rental.record.label in self.kept:
                 return
@@ -123,6 +120,11 @@ class Dispatcher:
 
         key, hours = self.crew.public_key, self.need.hours
         rental, _ = self.fleet.hire(self.need, furnish, hours, self.crew.check, key, attempts=OFFERS)
+        if why := self.crew.unguarded(rental):
+            self.say(
+                f"note: machine {rental.record.instance} cannot end itself ({why}): while this computer sleeps or is "
+                "off it goes on costing money"
+            )
         return rental
 
     def _carry(self, rental: Rental, task: Task) -> Rental | None:
@@ -140,12 +142,15 @@ class Dispatcher:
             self.fleet.give_up(rental, str(error))
         except TimeUp as error:
             self.say(f"{task.name}: {error}")
-            self._wind_down(rental, task)
+            self.results.wind_down(rental, task)
             self.queue.change(task, phase="waiting", why=str(error))
             self.give_back(rental)
-        except Stopped:
-            self.say(f"{task.name}: stopping it and fetching its results; once more Ctrl-C leaves them")
-            self._wind_down(rental, task)
+        except NotFetched:
+            raise
+        except (Stopped, Exception) as error:  # whatever it is: the machine will be destroyed, with all that is on it
+            why = f"{error}; " if str(error) else ""
+            self.say(f"{task.name}: {why}stopping it and fetching its results; once more Ctrl-C leaves them")
+            self.results.wind_down(rental, task)
             raise
         finally:
             self.carrying.discard(threading.current_thread())
@@ -160,33 +165,45 @@ class Dispatcher:
             try:
                 job = self.crew.job(rental, task)
                 if job.state != "absent":
-                    self._log(rental, task)
+                    self.results.log(rental, task)
                 if self._decide(rental, task, job):
                     return
-                if job.lives and self.detach:
-                    until = (rental.useful_until - self.clock.now()) / 3600
-                    where = f"machine {rental.record.instance}, for {until:.1f} h at most"
-                    self.kept[rental.record.label] = f"{task.name} goes on by itself on {where}"
+                if job.lives and self.detach and self._left_alone(rental, task):
                     return
                 if job.state != "absent" and self.clock.now() - fetched >= FETCH_EVERY:
-                    self._fetch(rental, task, last=False)
+                    self.results.fetch(rental, task, last=False)
                     fetched = self.clock.now()
                 answered = self.clock.now()
             except HostKeyChanged as error:
                 raise Lost(str(error)) from None
             except MachineError as error:
                 if self.clock.now() - answered > PATIENCE:
-                    self._rescue(rental, task, error)
+                    self.results.rescue(rental, task, error)
                     raise Lost(f"it does not answer ({error})") from None
             self.clock.sleep(self.poll)
+
+    def _left_alone(self, rental: Rental, task: Task) -> bool:
+        """Whether a machine may go on with nobody to look after it: only if its watchdog will end it."""
+        if why := self.crew.unguarded(rental):
+            self.detach = False
+            self.say(f"machine {rental.record.instance} cannot end itself ({why}): it is not left alone")
+            return False
+        until = (rental.useful_until - self.clock.now()) / 3600
+        where = f"machine {rental.record.instance}, for {until:.1f} h at most"
+        self.kept[rental.record.label] = f"{task.name} goes on by itself on {where}"
+        return True
 
     def _look(self, rental: Rental) -> None:
         """What the account says of the machine, and the clock of its money. Raises `Lost` or `TimeUp`."""
         try:
-            instance = self.fleet.look().get(rental.record.instance or 0)
+            number = rental.record.instance or 0
+            instance = self.fleet.look().get(number) or self.fleet.desk.account.show(number)
             if instance is None:
-                raise Lost("it is gone")
-            rental.check_price(instance)
+                raise Lost("it is gone")  # by the list and by itself: one list may lack it
+            try:
+                rental.check_price(instance)
+            except Lost as error:
+                raise TimeUp(str(error)) from None  # it works: what it made is fetched first
             if instance.condition == "outbid":
                 self.say(f"machine {instance.id} was outbid")
                 instance = rental.raise_bid(instance)
@@ -207,7 +224,7 @@ class Dispatcher:
             self._again(rental, task, "its processes are gone: the machine was restarted or ran out of memory")
         elif job.state == "wedged":
             self.crew.stop(rental, task)
-            self._fetch(rental, task, last=True)
+            self.results.fetch(rental, task, last=True)
             raise Lost(f"{task.name} stood still for {job.still_seconds / 60:.0f} minutes")
         elif job.state == "done":
             return self._ended(rental, task, job)
@@ -215,8 +232,9 @@ class Dispatcher:
 
     def _ended(self, rental: Rental, task: Task, job: Job) -> bool:
         """A job that ended: whether its task is over. What it made is here before anything else happens."""
-        tail = self.crew.log(rental, task, max(0, job.log_bytes - TAIL_BYTES)).decode("utf-8", "replace")
-        self._fetch(rental, task, last=True)
+        self.results.log(rental, task, last=True)
+        tail = self.results.tail(rental, task, job.log_bytes)
+        self.results.fetch(rental, task, last=True)
         told = f"exit code {job.rc}: {last_words(tail)}"
         ruling = verdict(job.rc, tail)
         if ruling == "machine":
@@ -238,77 +256,28 @@ class Dispatcher:
         self.say(f"{task.name}: {why}; starting it again")
         self.crew.start(rental, task, again=True)
 
-    def _log(self, rental: Rental, task: Task) -> None:
-        """Keep and show what the log has grown by, in whole lines."""
-        at = self.queue[task.name].log_bytes
-        new, end, _ = self.crew.log(rental, task, at).rpartition(b"\n")
-        if not end:
-            return
-        for line in new.decode("utf-8", "replace").split("\n"):
-            self.show(task, line)
-        self.queue.change(task, log_bytes=at + len(new) + 1)
-
-    def _fetch(self, rental: Rental, task: Task, last: bool) -> None:
-        """Bring results here. What this computer cannot take is said; at the end that keeps the machine."""
-        try:
-            runs = self.crew.fetch(rental, task, last)
-        except MachineError:
-            raise
-        except (UserError, OSError) as error:
-            if last:
-                until = (rental.useful_until - self.clock.now()) / 60
-                said = (
-                    f"{task.name} has results on machine {rental.record.instance} that do not fit here ({error}): "
-                    f"it stays for {max(until, 0):.0f} minutes more; mend that and give the same command again"
-                )
-                self.kept[rental.record.label] = said
-                self.queue.change(task, why="its results could not be brought here")
-                raise NotFetched(said) from None
-            self.say(f"{task.name}: {error}")
-            return
-        known = self.queue[task.name].runs
-        if more := tuple(run for run in runs if run not in known):
-            self.queue.change(task, runs=known + more)
-
-    def _wind_down(self, rental: Rental, task: Task) -> None:
-        """Stop a job and bring here what it saved, as far as the machine answers."""
-        try:
-            if self.crew.job(rental, task).state != "absent":
-                self.crew.stop(rental, task)
-                self._log(rental, task)
-                self._fetch(rental, task, last=True)
-        except (MachineError, Lost) as error:
-            self.say(f"{task.name}: what it made since the last fetch is lost: {error}")
-
-    def _rescue(self, rental: Rental, task: Task, error: MachineError) -> None:
-        """A machine that answers and yet does nothing we ask (a full disk) may still give its results away."""
-        if isinstance(error, CommandFailed):
-            with suppress(MachineError):
-                self._fetch(rental, task, last=False)
-
     def desk_instances(self) -> list[Instance]:
         """The run's machines as the account lists them."""
         run = self.queue.ledger.run
         return [one for one in self.fleet.desk.account.instances() if run_of(one.label) == run]
 
     def end(self) -> None:
-        """Stop whatever runs, fetch it, and end every machine. Raises `Unconfirmed`."""
+        """Stop whatever runs, fetch it, and end every machine but those whose results do not fit here: see `kept`.
+
+        Raises `Unconfirmed`.
+        """
         for rental in self.fleet.recover():
             task = self.queue.on(rental.record.label)
             with suppress(Lost, TimeUp, Unconfirmed):
                 self._look(rental)
             if task:
-                with suppress(NotFetched):  # it is to end all the same; what does not fit is said
-                    self._wind_down(rental, task)
+                try:
+                    self.results.wind_down(rental, task)
+                except NotFetched:
+                    continue
                 self.queue.change(task, phase="waiting", why="stopped")
-        self.kept.clear()
         self.close()
 
     def close(self) -> None:
         """End every machine of the run but those that are kept. Raises `Unconfirmed`."""
-        if not self.kept:
-            self.fleet.close()
-            return
-        for rental in self.fleet.rentals:
-            if rental.record.label not in self.kept:
-                rental.destroy()
+        self.fleet.close(self.kept)

@@ -23,11 +23,14 @@ CHECKPOINT = re.compile(r"(.+/)?checkpoints/step-(\d+)[^/]*")
 
 @dataclass
 class Fetched:
-    """What one fetch did; `kept` names files that are newer here than there and were left alone."""
+    """What one fetch did."""
 
     runs: list[str]
     moved: Moved
     kept: list[str] = field(default_factory=list)
+    """Files that are newer here than there, and were left alone."""
+    odd: list[str] = field(default_factory=list)
+    """Files there whose names (control characters and the like) are never fetched."""
 
 
 def fetch(
@@ -41,14 +44,14 @@ def fetch(
 ) -> Fetched:
     """Bring results below `folder` (the local `outputs`): all runs, one run, or the one that changed last.
 
-    Raises `UserError` where there is no such run, `MachineError` where the machine offers what no run holds.
+    Raises `UserError` where there is no such run.
     """
-    there = remote_files(machine, f"{remote}/{RESULTS}", [run] if run and exchange.is_safe(run) else [])
+    there, odd = remote_files(machine, f"{remote}/{RESULTS}", [run] if run and exchange.is_safe(run) else [])
     runs = _runs(there)
     if run:
         there = {name: known for name, known in there.items() if name.startswith(run.rstrip("/") + "/") or name == run}
         if not there:
-            known = list(_runs(remote_files(machine, f"{remote}/{RESULTS}")))
+            known = list(_runs(remote_files(machine, f"{remote}/{RESULTS}")[0]))
             raise UserError(f"{machine} has no run {run!r}: have {', '.join(known) or 'none'}{near(run, known)}")
         runs = {run: 0}
     else:
@@ -62,7 +65,7 @@ def fetch(
     moved = pull(machine, f"{remote}/{RESULTS}", folder, wanted, progress) if wanted else Moved()
     if checkpoints and not moved.failed:
         moved.gone = _drop_old_checkpoints(folder, there)
-    return Fetched(sorted(runs), moved, kept)
+    return Fetched(sorted(runs), moved, kept, [name for name in odd if name.split("/")[0] in runs or run])
 
 
 def _runs(there: Mapping[str, tuple[int, int]]) -> dict[str, int]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from sparse_coding.errors import UserError
 from vast_utils.account import Account, AccountError, Busy, Container, Doubtful, KeyRefused
 from vast_utils.budget import Budget
 from vast_utils.clock import Clock
-from vast_utils.destroy import QUIET, QUIET_WHEN_NEW, Unconfirmed, destroy_all
-from vast_utils.ledger import Ledger, run_of
+from vast_utils.destroy import QUIET_WHEN_NEW, Unconfirmed, destroy_all, quiet_for
+from vast_utils.ledger import Ledger
 from vast_utils.offers import Need, Price, ranked
 from vast_utils.rental import POLL, Desk, Lost, NotRented, Rental
 from vast_utils.rows import Instance, Offer
@@ -40,13 +40,13 @@ class Fleet:
     @property
     def rentals(self) -> list[Rental]:
         """Those that are not over, as the ledger has them."""
-        return [Rental(self.desk, record) for record in self.desk.ledger.records() if not record.over]
+        return [Rental(self.desk, record) for record in self.desk.ledger.open_records()]
 
     def recover(self) -> list[Rental]:
         """After a crash: settle every rental that was left open; the machines that are ours and may go on working.
 
         A request without an answer is looked for by its label; what was being destroyed is destroyed; what never
-        became ready is destroyed too, for nobody knows what it lacks.
+        became ready is destroyed too, for nobody knows what it lacks. One that resists keeps no other from its work.
         """
         alive = []
         for rental in self.rentals:
@@ -54,8 +54,15 @@ class Fleet:
                 alive.append(rental)
             else:
                 self.say(f"left over from before: {rental.record.label} ({rental.record.state}); ending it")
-                rental.destroy()
+                self.end(rental)
         return alive
+
+    def end(self, rental: Rental) -> None:
+        """Destroy a machine that is left over; one that resists is said loudly, and `close` tries again."""
+        try:
+            rental.destroy()
+        except Unconfirmed as error:
+            self.say(f"ERROR: {error}")
 
     def hire(
         self,
@@ -80,7 +87,10 @@ class Fleet:
                 break
             name = f"offer {offer.id}, {offer.gpu_name}, ${price.hourly:.3f}/h"
             try:
-                rental = Rental.intend(self.desk, offer, price, need.disk, hours)
+                with self.desk.budget.lock:
+                    if self._taken(offer):  # by another worker, since the search
+                        continue
+                    rental = Rental.intend(self.desk, offer, price, need.disk, hours, need.up)
                 self.say(f"renting {name}")
                 rental.create(furnish(rental))
             except NotRented as error:
@@ -112,12 +122,12 @@ class Fleet:
         open_ = {rental.record.label: rental for rental in self.rentals}  # read after: a new one is in the ledger first
         seen = {}
         for instance in listed:
-            if run_of(instance.label) != self.desk.ledger.run:
+            if not self.desk.ledger.owns(instance.label):
                 continue
             rental = open_.get(instance.label)
-            if rental is None:
+            if rental is None or rental.record.instance not in (None, instance.id):
                 self.say(f"machine {instance.id} ({instance.label}) should not be there; destroying it")
-                self._destroy(lambda one, label=instance.label: one.label == label)
+                self._destroy_stray(instance.id)
             elif rental.record.state == "doubtful":
                 self.say(f"machine {instance.id} came of a request without an answer; destroying it")
                 rental.found(instance.id)
@@ -126,30 +136,37 @@ class Fleet:
                 seen[instance.id] = instance
         return seen
 
-    def close(self) -> None:
-        """End everything of this run, in the ledger or not, and be sure of it. Raises `Unconfirmed`."""
-        unconfirmed = []
-        for rental in self.rentals:
-            try:
-                if rental.record.state != "doubtful":
-                    rental.destroy()
-            except Unconfirmed as error:
-                unconfirmed.append(str(error))
-        doubtful = [rental for rental in self.rentals if rental.record.state == "doubtful"]
-        try:
-            self._destroy(lambda one: run_of(one.label) == self.desk.ledger.run, QUIET_WHEN_NEW if doubtful else QUIET)
-        except Unconfirmed as error:
-            unconfirmed.append(str(error))
-        if unconfirmed:
-            raise Unconfirmed("; ".join(unconfirmed), "not confirmed")
-        for rental in doubtful:
-            rental.was_nothing()
+    def close(self, keep: Collection[str] = ()) -> None:
+        """End everything of this run but the rentals whose labels `keep` has, and be sure of it. Raises `Unconfirmed`.
 
-    def _destroy(self, ours: Callable[[Instance], bool], quiet: float = QUIET) -> None:
-        outcome = destroy_all(self.desk.account, self.desk.clock, (), ours, quiet=quiet)
+        A ledger that cannot be read or written keeps no machine alive: that is raised as `UserError` after the end.
+        """
+        ledger, clock, trouble, open_ = self.desk.ledger, self.desk.clock, None, []
+        self.desk.counter.shut()
+        try:
+            open_ = [record for record in ledger.open_records() if record.label not in keep]
+            for record in open_:
+                if record.state in ("rented", "ready"):
+                    ledger.change(record, state="destroying")
+        except UserError as error:
+            trouble = error
+        numbers = {record.instance for record in open_ if record.instance is not None}
+        quiet = QUIET_WHEN_NEW if trouble else quiet_for(open_, clock.now())
+
+        def ours(one: Instance) -> bool:
+            return one.label not in keep and ledger.owns(one.label)
+
+        outcome = destroy_all(self.desk.account, clock, numbers, ours, quiet=quiet)
         if not outcome.confirmed:
-            left = ", ".join(map(str, sorted(outcome.left)))
-            raise Unconfirmed(f"machines of run {self.desk.ledger.run} {left}".rstrip(), outcome.error)
+            raise Unconfirmed(f"machines of run {ledger.run} {_listed(outcome.left)}".rstrip(), outcome.error)
+        if trouble:
+            raise trouble
+        ledger.write_off(outcome.labels, clock.now(), keep)
+
+    def _destroy_stray(self, number: int) -> None:
+        outcome = destroy_all(self.desk.account, self.desk.clock, [number], lambda one: False)
+        if not outcome.confirmed:
+            raise Unconfirmed(f"machine {number} of run {self.desk.ledger.run}", outcome.error)
 
     def _admit(self, instance: Instance, public_key: str) -> None:
         """Attach the key; asking again does no harm."""
@@ -174,8 +191,15 @@ class Fleet:
                 failures.append(f"search: {error}")
                 continue
             for offer, price in found:
-                records = self.desk.ledger.records()
-                banned = {record.machine for record in records if record.ban}
-                ours = {record.offer for record in records if not record.over}
-                if offer.machine_id not in banned and offer.id not in ours:
+                if not self._taken(offer):
                     yield offer, price
+
+    def _taken(self, offer: Offer) -> bool:
+        """Whether an offer is of a machine that this run does not take again, or is one that it has."""
+        records = self.desk.ledger.records()
+        banned = {record.machine for record in records if record.ban}
+        return offer.machine_id in banned or offer.id in {record.offer for record in records if not record.over}
+
+
+def _listed(numbers: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import tempfile
 import threading
@@ -24,11 +23,12 @@ from vast_utils.ledger import Ledger
 from vast_utils.push import REMOTE, RESULTS, push_models, push_project
 from vast_utils.rental import Lost, Rental
 from vast_utils.rows import Instance
+from vast_utils.said import plain
 from vast_utils.setup import INSTALL_SECONDS, Needs, setup
 from vast_utils.ssh import Machine, MachineError, Unreachable
 from vast_utils.tasks import Task
 from vast_utils.transfer import Moved, remote_files
-from vast_utils.watchdog import onstart
+from vast_utils.watchdog import GUARDED, onstart
 
 IMAGE = "pytorch/pytorch:latest"
 SSH_SECONDS = 240.0
@@ -116,6 +116,14 @@ class Hands:
         except MachineError as error:
             raise Lost(str(error)) from None
 
+    def unguarded(self, rental: Rental) -> str:
+        """Why the machine's watchdog cannot end it; empty where it can."""
+        try:
+            said = self.machine(rental).run(["sh", "-c", GUARDED], check=False)
+        except MachineError as error:
+            return str(error)
+        return "" if said.rc == 0 else plain(said.text).strip() or "its watchdog does not run"
+
     def meet(self, rental: Rental, instance: Instance) -> None:
         """Know where a machine answers; that may change when it was stopped for a while."""
         known = self._known(rental)
@@ -153,17 +161,19 @@ class Hands:
         last: all of them, harvested stores too, or `MachineError`. Raises `UserError` where they do not fit here.
         """
         machine, outputs = self.machine(rental), self.outfit.outputs
-        if task.out and not remote_files(machine, f"{self.outfit.remote}/{RESULTS}", [task.out]):
+        if task.out and not remote_files(machine, f"{self.outfit.remote}/{RESULTS}", [task.out])[0]:
             return ()
         checkpoints = not task.syncs
-        with self._receiving, self._in_time(rental) as progress:
+        with self._receiving, self._in_time(rental, paid=True) as progress:
             done = fetch(machine, outputs, task.out, False, checkpoints, self.outfit.remote, progress)
             failed = dict(done.moved.failed)
-            if last and not task.out and remote_files(machine, f"{self.outfit.remote}/{RESULTS}", [STORES]):
+            if last and not task.out and remote_files(machine, f"{self.outfit.remote}/{RESULTS}", [STORES])[0]:
                 failed |= fetch(machine, outputs, STORES, False, True, self.outfit.remote, progress).moved.failed
         if last:
             for name in done.kept:
                 self.say(f"left alone: {outputs / name} is newer here")
+            for name in done.odd:
+                self.say(f"left there: {name}: such a name is not fetched")
             _all_moved(Moved(failed=failed))
         return tuple(done.runs)
 
@@ -208,27 +218,33 @@ class Hands:
         raise Unreachable(f"machine {instance.id} shows no address")
 
     def _send_back(self, rental: Rental, run: str) -> None:
-        """Put a run that was fetched from another machine on this one, older than all that this one will write."""
+        """Put a run that was fetched from another machine on this one."""
         machine, folder = self.machine(rental), self.outfit.outputs / run
         if not folder.is_dir():
             return
-        there = float(machine.run(["date", "+%s"]).text)
-        for path in folder.rglob("*"):
-            if path.is_file() and path.stat().st_mtime > there:  # else `fetch` would take it for newer than the rest
-                os.utime(path, (there, there))
         with self._in_time(rental) as progress:
             moved, _ = push_models(machine, folder, Path(self.outfit.folder), self.outfit.remote, progress=progress)
         _all_moved(moved)
 
     @contextmanager
-    def _in_time(self, rental: Rental) -> Iterator[Callable[[int], None]]:
-        """For transfers: what they call as bytes move, which ends them while there is time to destroy the machine."""
+    def _in_time(self, rental: Rental, paid: bool = False) -> Iterator[Callable[[int], None]]:
+        """For transfers: what they call as bytes move, which ends them while there is time to destroy the machine.
 
-        def progress(_: int) -> None:
+        paid: they are uploads of the machine.
+        """
+        moved = 0
+
+        def progress(count: int) -> None:
+            nonlocal moved
+            moved += count
             if self.clock.now() > rental.useful_until + MARGIN - LIMIT:
                 raise Lost("its time was up in the middle of a transfer")
 
-        yield progress
+        try:
+            yield progress
+        finally:
+            if paid:
+                rental.came(moved / 1e9)
 
 
 def _address_file(rental: Rental) -> str:

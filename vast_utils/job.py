@@ -11,6 +11,7 @@ from inspect import getsource
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from sparse_coding.config import from_dict
 from sparse_coding.errors import UserError
 from vast_utils.on_machine import jobs
 from vast_utils.push import REMOTE
@@ -85,36 +86,37 @@ def start(
             "source": getsource(jobs),
         },
     )
-    match answer.get("error"):
-        case "other":
-            raise UserError(
-                f"the job {name} on {machine} is another command ({' '.join(answer['argv'])}): choose another --name"
-            )
-        case "project":
-            raise UserError(f"{machine} has no folder {project}: push the project first")
-        case "supervisor":
-            raise MachineError(
-                f"{machine}: the job did not start: {answer['said'].strip()[-300:] or 'no reason was given'}"
-            )
-    return _job(answer["job"]), bool(answer["started"])
+    with machine.understood():
+        match answer.get("error"):
+            case "other":
+                other = " ".join(answer["argv"])
+                raise UserError(f"the job {name} on {machine} is another command ({other}): choose another --name")
+            case "project":
+                raise UserError(f"{machine} has no folder {project}: push the project first")
+            case "supervisor":
+                said = answer["said"].strip()[-300:] or "no reason was given"
+                raise MachineError(f"{machine}: the job did not start: {said}")
+        return _job(machine, answer["job"]), bool(answer["started"])
 
 
 def status(machine: Machine, name: str, quiet_seconds: float = QUIET_SECONDS) -> Job:
     """How a job stands; `absent` where there is none of that name."""
-    return _job(
-        machine.ask(jobs, {"verb": "status", "name": _checked(name), "quiet_seconds": quiet_seconds})["jobs"][0]
-    )
+    found = _asked(machine, {"verb": "status", "name": _checked(name), "quiet_seconds": quiet_seconds})
+    with machine.understood():
+        return found[0]
 
 
 def all_jobs(machine: Machine, quiet_seconds: float = QUIET_SECONDS) -> list[Job]:
     """Every job of the machine, by name."""
-    return [_job(one) for one in machine.ask(jobs, {"verb": "status", "quiet_seconds": quiet_seconds})["jobs"]]
+    return _asked(machine, {"verb": "status", "quiet_seconds": quiet_seconds})
 
 
 def stop(machine: Machine, name: str, grace_seconds: float = GRACE_SECONDS) -> Job:
     """SIGTERM, time to save, then SIGKILL to whatever is left of it. Goes on there if the connection breaks."""
     request = {"verb": "stop", "name": _checked(name), "grace_seconds": grace_seconds}
-    return _job(machine.ask(jobs, request, grace_seconds + 60)["job"])
+    answer = machine.ask(jobs, request, grace_seconds + 60)
+    with machine.understood():
+        return _job(machine, answer["job"])
 
 
 def contact(machine: Machine) -> None:
@@ -137,9 +139,20 @@ def choose(machine: Machine, name: str) -> Job:
     raise UserError(f"{machine}: " + (f"no job {name!r}" if name else "which job? give its name") + f": have {have}")
 
 
-def _job(known: Mapping[str, Any]) -> Job:
-    values = {field.name: known[field.name] for field in fields(Job) if known.get(field.name) is not None}
-    return Job(**{**values, "argv": tuple(known.get("argv", ()))})
+def _asked(machine: Machine, request: Mapping[str, Any]) -> list[Job]:
+    answer = machine.ask(jobs, request)
+    with machine.understood():
+        return [_job(machine, one) for one in answer["jobs"]]
+
+
+def _job(machine: Machine, known: Any) -> Job:
+    """What the machine says of a job; it is checked as settings are."""
+    with machine.understood():
+        values = {field.name: known[field.name] for field in fields(Job) if known.get(field.name) is not None}
+    try:
+        return from_dict(Job, values)
+    except UserError as error:
+        raise MachineError(f"{machine} answered what we do not understand: {error}") from None
 
 
 def _checked(name: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from sparse_coding.config import parse
 from sparse_coding.errors import UserError
 from vast_utils.ledger import Ledger, check_run_name
-from vast_utils.session import RentFlags, dispatch, is_done, preview, settle, with_bucket
+from vast_utils.session import RentFlags, dispatch, is_done, say_line, settle, with_bucket
 from vast_utils.sky_export import SkyFlags, export
 from vast_utils.tasks import Task
 
@@ -54,11 +54,12 @@ def main(arguments: Sequence[str]) -> None:
         return
     if not flags.yes:
         from vast_utils.account import Account
+        from vast_utils.preview import preview
 
         preview(Account(), flags, name, [task], 1)
         print("\nnothing was rented; with --yes it will be")
         return
-    settle(dispatch(flags, name, [task], detach=flags.detach, say=_say), detached=flags.detach)
+    settle(dispatch(flags, name, [task], detach=flags.detach, say=say_line), detached=flags.detach)
 
 
 def run_name(argv: Sequence[str], folder: Path) -> str:
@@ -78,7 +79,3 @@ def _out(argv: Sequence[str]) -> str:
     if out.is_absolute() or ".." in out.parts or len(out.parts) < 2 or out.parts[0] != "outputs":
         raise UserError(f"--out {out}: results are fetched from outputs/ alone; name a folder below it")
     return PurePosixPath(*out.parts[1:]).as_posix()
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

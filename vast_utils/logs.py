@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from sparse_coding.errors import UserError
 from vast_utils.on_machine import jobs
+from vast_utils.said import plain
 from vast_utils.ssh import (
     CONNECT_SECONDS,
     AuthFailed,
@@ -22,6 +23,9 @@ from vast_utils.ssh import (
 )
 
 PATIENCE_SECONDS = 600.0
+LONGEST = 1 << 16
+"""A line is cut after so many bytes: a progress bar may never end one."""
+MOST = 1 << 24
 NO_JOB = 3
 
 
@@ -39,7 +43,7 @@ def lines(
         try:
             for block in _blocks(machine, name, offset, follow):
                 offset, last, pause = offset + len(block), time.monotonic(), 0.5
-                *whole, rest = (rest + block).split(b"\n")
+                *whole, rest = _cut(rest + block).split(b"\n")
                 yield from (line.decode("utf-8", "replace") for line in whole)
             break
         except (Unreachable, Refused, AuthFailed, TimedOut):
@@ -56,8 +60,27 @@ def lines(
 
 
 def read(machine: Machine, name: str, offset: int) -> bytes:
-    """What a job's log holds now from byte `offset` on. Raises as `lines` does."""
-    return b"".join(_blocks(machine, name, offset, follow=False))
+    """What a job's log holds now from byte `offset` on: whole lines after `_cut`, and `MOST` bytes or a little more.
+
+    Raises as `lines` does.
+    """
+    said = bytearray()
+    for block in _blocks(machine, name, offset, follow=False):
+        said += block
+        if len(said) >= MOST:
+            break
+    return _cut(bytes(said))
+
+
+def _cut(text: bytes) -> bytes:
+    """As many bytes, a line ending at least every `LONGEST`: in place of a progress bar's return, a space, or any."""
+    cut, start = bytearray(text), 0
+    while len(cut) - start > LONGEST:
+        ends = (cut.rfind(sign, start, start + LONGEST) for sign in (b"\n", b"\r", b" "))
+        end = next((end for end in ends if end >= start), start + LONGEST - 1)
+        cut[end : end + 1] = b"\n"
+        start = end + 1
+    return bytes(cut)
 
 
 def _blocks(machine: Machine, name: str, offset: int, follow: bool) -> Iterator[bytes]:
@@ -77,4 +100,4 @@ def _blocks(machine: Machine, name: str, offset: int, follow: bool) -> Iterator[
         raise UserError(f"{machine} has no job {name}")
     if rc == 255:
         raise machine.failure(said)
-    raise MachineError(f"{machine}: reading the log failed: {said.decode('utf-8', 'replace')[-300:]}")
+    raise MachineError(f"{machine}: reading the log failed: {plain(said)[-300:]}")

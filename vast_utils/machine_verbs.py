@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from tyro.conf import Positional, arg
 
 from sparse_coding.config import parse
 from sparse_coding.errors import Interrupted, UserError
 from vast_utils.push import REMOTE
+from vast_utils.said import printable
 from vast_utils.ssh import Machine, parse_address
+
+if TYPE_CHECKING:
+    from vast_utils.job import Job
 
 T = TypeVar("T")
 
@@ -30,7 +35,7 @@ class MachineFlags:
     identity: Path | None = None
     """The private ssh key; by default ssh's agent and its usual files."""
     known_hosts: Path | None = None
-    """Where the machine's own key is kept from the first contact on; by default a file of the state folder."""
+    """Where this machine's own key alone is kept from the first contact on; by default a file of the state folder."""
     remote: str = REMOTE
     """The project's folder there."""
 
@@ -68,11 +73,13 @@ def push(arguments: Sequence[str]) -> None:
     machine = flags.machine()
     chosen = folder_files(flags.models) if flags.models else project_files(flags.folder)
     for name, why in chosen.left_out.items():
-        print(f"left out: {name}: {why}", file=sys.stderr)
+        print(f"left out: {name if name.isprintable() else ascii(name)}: {why}", file=sys.stderr)
     print(f"{len(chosen.names)} files, {_size(chosen.bytes)}, to {machine}")
     if flags.dry_run:
         print("\n".join(chosen.names))
         return
+    if not chosen.names:
+        raise UserError(f"{flags.models or flags.folder} has no file to send: hidden files, links and keys are not")
     with _closing(machine):
         if flags.models:
             moved, place = push_models(machine, flags.models, flags.folder, flags.remote, chosen)
@@ -110,6 +117,8 @@ def fetch(arguments: Sequence[str]) -> None:
         done = run(machine, flags.outputs, flags.run, flags.latest, flags.checkpoints, flags.remote)
     for name in done.kept:
         print(f"left alone: {flags.outputs / name} is newer here", file=sys.stderr)
+    for name in done.odd:
+        print(f"left there: {name}: such a name is not fetched", file=sys.stderr)
     print(f"{len(done.moved.placed)} files ({_size(done.moved.sent_bytes)}) of {', '.join(done.runs) or 'no run'}")
     _complain(done.moved.failed)
 
@@ -163,29 +172,39 @@ class StartFlags(MachineFlags):
     """Show its log until it ends."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResumeFlags(StartFlags):
+    """Start a command on the machine again that is over: give the words of `start`. run.py continues where it was.
+
+    What its last start left running is ended first; its log goes on. One that lives is only told about.
+    """
+
+
 def start(arguments: Sequence[str]) -> None:
     """start a command there, detached"""
-    _start(arguments, "start", again=False)
+    _start(StartFlags, arguments, "start")
 
 
 def resume(arguments: Sequence[str]) -> None:
     """start a command again that is over; run.py continues from its last checkpoint"""
-    _start(arguments, "resume", again=True)
+    _start(ResumeFlags, arguments, "resume")
 
 
-def _start(arguments: Sequence[str], verb: str, again: bool) -> None:
+def _start(cls: type[StartFlags], arguments: Sequence[str], verb: str) -> None:
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)
-    flags, argv = _parse(StartFlags, words[:at], verb), words[at + 1 :]
+    flags, argv = _parse(cls, words[:at], verb), words[at + 1 :]
     from vast_utils.job import start as run
+    from vast_utils.job import status as status_of
     from vast_utils.secrets import collect
 
     secrets = collect(os.environ, flags.env)
     with _closing(flags.machine()) as machine:
-        job, started = run(machine, argv, secrets, flags.name, again, flags.remote)
+        job, started = run(machine, argv, secrets, flags.name, cls is ResumeFlags, flags.remote)
         print(f"{'started' if started else 'not started again'}: {job}")
         if flags.follow:
             _show_log(machine, job.name, follow=True)
+            _end_as(status_of(machine, job.name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +256,10 @@ class StopFlags(MachineFlags):
     grace: float = 120.0
     """Seconds it has to save."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.grace < math.inf:
+            raise UserError(f"--grace is {self.grace:g}: it must be 0 or more seconds")
+
 
 def stop(arguments: Sequence[str]) -> None:
     """stop a job, with time to save its state"""
@@ -248,18 +271,6 @@ def stop(arguments: Sequence[str]) -> None:
         print(run(machine, choose(machine, flags.job).name, flags.grace))
 
 
-VERBS: dict[str, Callable[[Sequence[str]], None]] = {
-    "push": push,
-    "setup": setup,
-    "start": start,
-    "resume": resume,
-    "status": status,
-    "logs": logs,
-    "fetch": fetch,
-    "stop": stop,
-}
-
-
 def _show_log(machine: Machine, name: str, follow: bool) -> None:
     from vast_utils.logs import lines
     from vast_utils.secrets import Redactor, known
@@ -267,9 +278,16 @@ def _show_log(machine: Machine, name: str, follow: bool) -> None:
     hide = Redactor(known(os.environ))
     try:
         for line in lines(machine, name, follow=follow):
-            print(hide(line), flush=True)
+            print(printable(hide(line)), flush=True)
     except KeyboardInterrupt:
         raise Interrupted(f"the job {name} goes on; `logs -f` shows the rest") from None
+
+
+def _end_as(job: Job) -> None:
+    """End with exit status 1, and say so, where a job that was followed to its end has not done its work."""
+    if job.rc != 0:
+        print(job, file=sys.stderr)
+        raise SystemExit(1)
 
 
 def _parse(cls: type[T], arguments: Sequence[str], verb: str) -> T:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_coding.errors import UserError
 from vast_utils.tasks import Task
 
 RECORDS = "results.jsonl"
@@ -33,7 +34,18 @@ def records(outputs: Path, task: Task) -> list[dict[str, Any]]:
     for run in [task.out] if task.out else task.runs:
         path = outputs / run / RECORDS
         if path.is_file():
-            read += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            read += [_record(path, at, line) for at, line in enumerate(lines, 1) if line.strip()]
+    return read
+
+
+def _record(path: Path, at: int, line: str) -> dict[str, Any]:
+    try:
+        read = json.loads(line)
+    except ValueError:
+        read = None
+    if not isinstance(read, dict):
+        raise UserError(f"{path}, line {at}: {line[:40]!r} is no JSON object; mend it and give the same command again")
     return read
 
 

@@ -24,15 +24,16 @@ def overview(runs: Sequence[Ledger], ask: bool) -> Iterator[str]:
 
 
 def _run(ledger: Ledger, ask: bool) -> Iterator[str]:
-    begun, records = ledger.get("run.json") or {}, ledger.records()
+    begun, records = ledger.begun(), ledger.records()
+    assert begun is not None, "a run that is shown was begun"
+    caps, started = begun
     now = SafeClock(ledger.latest()).now()
     open_ = [record for record in records if not record.over]
-    caps = begun["caps"]
     hands = "a dispatcher is at work" if ledger.busy else "no dispatcher is at work"
     if not open_ and not any(not task.over for task in read_tasks(ledger)):
         hands, now = "over", ledger.latest()
-    spent = f"at most ${cost(records, now):.2f} of ${caps['max_cost']:.2f}"
-    yield f"run {ledger.run}: {hands}; cost {spent}, {(now - begun['started']) / 3600:.1f} of {caps['max_hours']:g} h"
+    spent = f"at most ${cost(records, now):.2f} of ${caps.max_cost:.2f}"
+    yield f"run {ledger.run}: {hands}; cost {spent}, {(now - started) / 3600:.1f} of {caps.max_hours:g} h"
     seen, states = {}, {}
     if ask and open_:
         try:

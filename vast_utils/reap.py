@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,8 @@ from sparse_coding.config import parse
 from sparse_coding.errors import UserError
 from vast_utils.account import Account
 from vast_utils.clock import Clock, SafeClock
-from vast_utils.destroy import LIMIT, NEW, QUIET, QUIET_WHEN_NEW, Outcome, Unconfirmed, destroy_all
+from vast_utils.destroy import LIMIT, QUIET_WHEN_NEW, Outcome, Unconfirmed, destroy_all, quiet_for
 from vast_utils.ledger import Ledger, Record, check_run_name, ledgers, run_of
-
-LATE = 3600.0
-"""A request without an answer that is older than this, in seconds, no longer makes a machine."""
 
 
 def reap(
@@ -25,43 +22,49 @@ def reap(
     run: str | None = None,
     limit: float = LIMIT,
     say: Callable[[str], None] = print,
+    keep: Collection[str] = (),
 ) -> Outcome:
-    """Destroy the machines of all runs, or of one, until listings that succeeded show none.
+    """Destroy the machines of all runs, or of one, until listings that succeeded show none. keep: labels of others.
 
     The runs of this computer are ended first, so that a dispatcher that is still at work rents nothing more. Where a
-    request is without an answer, the account is watched for a minute more.
+    request is without an answer, the account is watched for a minute more. A ledger that cannot be read or written is
+    said, and keeps no machine alive: they are known by their labels.
     """
     known = [ledger for ledger in ledgers(folder) if run in (None, ledger.run)]
+    open_: list[Record] = []
+    quiet = 0.0
     for ledger in known:
-        if ledger.busy or any(not record.over for record in ledger.records()):
-            ledger.end()
-    open_ = [record for ledger in known for record in ledger.records() if not record.over]
-    numbers = {record.instance for record in open_ if record.instance is not None}
-    late = any(clock.now() - record.intended < (LATE if record.instance is None else NEW) for record in open_)
+        try:
+            if ledger.busy or ledger.open_records():
+                ledger.end()
+        except UserError as error:
+            say(f"note: {error}")
+        try:  # read after its end: what a dispatcher writes from now on it takes back itself
+            open_ += [record for record in ledger.open_records() if record.label not in keep]
+        except UserError:
+            quiet = QUIET_WHEN_NEW
 
     def ours(label: str) -> bool:
         found = run_of(label)
-        return found is not None and run in (None, found)
+        return found is not None and run in (None, found) and label not in keep
 
-    quiet = QUIET_WHEN_NEW if late else QUIET
+    numbers = {record.instance for record in open_ if record.instance is not None}
+    quiet = max(quiet, quiet_for(open_, clock.now()))
     outcome = destroy_all(account, clock, numbers, lambda one: ours(one.label), limit, quiet)
     if outcome.confirmed:
         for ledger in known:
-            _close(ledger, outcome.labels, clock, say)
+            _close(ledger, outcome.labels, clock, say, keep)
     return outcome
 
 
-def _close(ledger: Ledger, seen: Mapping[str, int], clock: Clock, say: Callable[[str], None]) -> None:
+def _close(
+    ledger: Ledger, seen: Mapping[str, int], clock: Clock, say: Callable[[str], None], keep: Collection[str]
+) -> None:
     """Write into a run's ledger that all is over, unless its dispatcher is at work: then it finds out by itself."""
-    if all(record.over for record in ledger.records()):
-        return
     try:
-        with ledger.held():
-            for record in ledger.records():
-                if not record.over:
-                    number = record.instance or seen.get(record.label)
-                    state = "refused" if number is None else "destroyed"
-                    ledger.change(record, state=state, instance=number, ended=clock.now())
+        if ledger.open_records():
+            with ledger.held():
+                ledger.write_off(seen, clock.now(), keep)
     except UserError as error:
         say(f"note: {error}")
 
@@ -71,18 +74,27 @@ def cost(records: Sequence[Record], now: float) -> float:
     return sum(record.cost(now) for record in records)
 
 
-def rescue(ledger: Ledger, account: Account, say: Callable[[str], None] = print) -> None:
-    """Stop and fetch what works on a run's machines and has no dispatcher; whatever goes wrong is only said."""
-    from vast_utils.session import reopen
+def rescue(ledger: Ledger, account: Account, say: Callable[[str], None] = print) -> dict[str, str]:
+    """Have a run's dispatcher stop in peace, or stop and fetch what nobody looks after; what goes wrong is only said.
 
-    if ledger.busy or not any(record.state == "ready" for record in ledger.records()):
-        return
-    ledger.end()  # from here on the run rents nothing more
+    Gives the labels of machines whose results do not fit here, and why: they are to stay.
+    """
+    from vast_utils.session import ask_to_stop, reopen
+    from vast_utils.signals import stopping
+
     try:
-        with ledger.held():
-            reopen(ledger, account, say).end()
+        if not ledger.busy and not any(record.state == "ready" for record in ledger.records()):
+            return {}
+        ledger.end()  # from here on the run rents nothing more
+        ask_to_stop(ledger, say)
+        with ledger.held(), stopping(say) as ear:
+            ear.deaf = True
+            dispatcher = reopen(ledger, account, say)
+            dispatcher.end()
+            return dispatcher.kept
     except (UserError, OSError, Unconfirmed) as error:
         say(f"note: {error}")
+    return {}
 
 
 @dataclass(frozen=True)
@@ -103,18 +115,32 @@ def main(arguments: Sequence[str]) -> None:
     flags = parse(ReapFlags, arguments, "python -m vast_utils reap", ReapFlags.__doc__ or "")
     if flags.run is not None:
         check_run_name(flags.run)
-    account, clock = Account(), SafeClock(max((ledger.latest() for ledger in ledgers()), default=0.0))
+    known = [ledger for ledger in ledgers() if flags.run in (None, ledger.run)]
+    account, clock = Account(), SafeClock(max(map(_latest, known), default=0.0))
+    kept: dict[str, str] = {}
     if not flags.now:
-        for ledger in ledgers():
-            if flags.run in (None, ledger.run):
-                rescue(ledger, account)
-    outcome = reap(account, clock, run=flags.run)
+        for ledger in known:
+            kept |= rescue(ledger, account)
+    outcome = reap(account, clock, run=flags.run, keep=kept)
     for instance in sorted(outcome.destroyed):
         print(f"machine {instance}: destroyed")
     if not outcome.confirmed:
         raise SystemExit(_alarm(outcome))
-    spent = cost([record for one in ledgers() if flags.run in (None, one.run) for record in one.records()], clock.now())
-    print(f"nothing of ours is left at vast.ai; the runs in this computer's ledger cost at most ${spent:.2f}")
+    if kept:
+        print("\n".join([*kept.values(), "reap --now destroys them all the same"]), file=sys.stderr)
+        raise SystemExit(1)
+    try:
+        spent = f"${cost([record for ledger in known for record in ledger.records()], clock.now()):.2f}"
+    except UserError:
+        spent = "what the console says, for a ledger is damaged"
+    print(f"nothing of ours is left at vast.ai; the runs in this computer's ledger cost at most {spent}")
+
+
+def _latest(ledger: Ledger) -> float:
+    try:
+        return ledger.latest()
+    except UserError:
+        return 0.0
 
 
 def _alarm(outcome: Outcome) -> int:

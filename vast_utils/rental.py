@@ -7,20 +7,24 @@ intended -> rented -> ready -> destroying -> destroyed (confirmed by reading bac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+from sparse_coding.errors import UserError
 from vast_utils.account import Account, AccountError, Busy, Container, Doubtful, KeyRefused, Refused
 from vast_utils.budget import Budget
 from vast_utils.clock import Clock
-from vast_utils.destroy import LIMIT, NEW, QUIET, QUIET_WHEN_NEW, Unconfirmed, destroy_all
+from vast_utils.destroy import LIMIT, Unconfirmed, destroy_all, quiet_for
 from vast_utils.ledger import Ledger, Record, State
 from vast_utils.offers import Price, bid_above
 from vast_utils.rows import Condition, Instance, Offer
 
 MOVES: dict[State, tuple[State, ...]] = {
     "intended": ("rented", "refused", "doubtful", "destroying"),
-    "doubtful": ("rented", "refused"),
+    "doubtful": ("rented",),
     "rented": ("ready", "destroying"),
     "ready": ("destroying",),
     "destroying": ("destroyed",),
@@ -44,6 +48,25 @@ class Lost(Exception):
     """This machine is of no use (never started, died, outbid, dearer than shown): destroy it, take another."""
 
 
+class Counter:
+    """Where requests that rent are handed in, one at a time; once it is shut, all are answered and none follows."""
+
+    def __init__(self) -> None:
+        self._lock, self._shut = threading.Lock(), False
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """To send one request in. Raises `Busy` after the counter was shut."""
+        with self._lock:
+            if self._shut:
+                raise Busy("the run is ending: nothing more is rented")
+            yield
+
+    def shut(self) -> None:
+        with self._lock:
+            self._shut = True
+
+
 @dataclass(frozen=True)
 class Desk:
     """What every rental of a run works with."""
@@ -52,6 +75,7 @@ class Desk:
     ledger: Ledger
     budget: Budget
     clock: Clock
+    counter: Counter = field(default_factory=Counter)
 
 
 class Rental:
@@ -61,8 +85,12 @@ class Rental:
         self.desk, self.record = desk, record
 
     @classmethod
-    def intend(cls, desk: Desk, offer: Offer, price: Price, disk: float, hours: float) -> Rental:
-        """Write down what is to be rented and set its worst case aside. `OverBudget`; `UserError` after a reap."""
+    def intend(cls, desk: Desk, offer: Offer, price: Price, disk: float, hours: float, up: float = 0.0) -> Rental:
+        """Write down what is to be rented and set its worst case aside. `OverBudget`; `UserError` after a reap.
+
+        disk, up: GB to rent, and of uploads that are in the price.
+        Whether the run was reaped is asked again after writing: a reaper that has not seen the record is seen here.
+        """
         with desk.budget.lock:
             desk.ledger.check_not_reaped()
             dearest = price.dearest(desk.budget.caps.max_price)
@@ -80,8 +108,16 @@ class Rental:
                 disk=disk,
                 intended=desk.clock.now(),
                 bid=price.bid,
+                up_cost=offer.inet_up_cost,
+                up_free=up,
             )
-            return cls(desk, desk.ledger.write(record))
+            rental = cls(desk, desk.ledger.write(record))
+            try:
+                desk.ledger.check_not_reaped()
+            except UserError:
+                rental._move("refused", ended=desk.clock.now())
+                raise
+            return rental
 
     def create(self, container: Container) -> None:
         """Send the request that rents, once. Raises `NotRented` where no machine came of it that is worth having.
@@ -91,9 +127,11 @@ class Rental:
         """
         assert self.record.state == "intended", self.record.state
         try:
-            number = self.desk.account.create(
-                self.record.offer, container, self.record.disk, self.record.label, self.record.bid
-            )
+            with self.desk.counter.turn():
+                number = self.desk.account.create(
+                    self.record.offer, container, self.record.disk, self.record.label, self.record.bid
+                )
+                self._move("rented", instance=number)
         except KeyRefused:
             self._move("refused", ended=self.desk.clock.now())
             raise
@@ -111,8 +149,6 @@ class Rental:
                 raise NotRented(str(error)) from None
             if not self.settle():
                 raise NotRented(f"{error}; no machine of that label is there") from None
-            return
-        self._move("rented", instance=number)
 
     def settle(self) -> bool:
         """Find out by its label whether a request without an answer rented; `Unconfirmed` where no list comes."""
@@ -137,10 +173,6 @@ class Rental:
     def found(self, instance: int) -> None:
         """A machine with our label is there after all."""
         self._move("rented", instance=instance)
-
-    def was_nothing(self) -> None:
-        """A doubtful request is now known to have rented nothing."""
-        self._move("refused", ended=self.desk.clock.now())
 
     def check_price(self, instance: Instance) -> None:
         """Refuse a machine that costs more than was shown, or that is let otherwise than was meant."""
@@ -214,6 +246,13 @@ class Rental:
             pass  # taken or not, it costs no more than is written down, and whether it runs again is seen
         return self.wait_running(limit, ignore=("outbid",))
 
+    def came(self, gigabytes: float) -> None:
+        """Pay for what was fetched beyond what was reckoned, out of what is set aside: its time is up the sooner."""
+        if gigabytes and self.desk.ledger.is_held:
+            free = self.record.up_free
+            more = max(0.0, gigabytes - free) * self.record.up_cost
+            self._write(traffic=self.record.traffic + more, up_free=max(0.0, free - gigabytes))
+
     def ban(self, reason: str) -> None:
         """This run does not take the machine again."""
         self._write(ban=reason[:200] or "of no use")
@@ -226,7 +265,7 @@ class Rental:
             self._move("destroying")
         number, label = self.record.instance, self.record.label
         assert number is not None
-        quiet = QUIET_WHEN_NEW if self.desk.clock.now() - self.record.intended < NEW else QUIET
+        quiet = quiet_for([self.record], self.desk.clock.now())
         outcome = destroy_all(self.desk.account, self.desk.clock, {number}, lambda one: one.label == label, quiet=quiet)
         if not outcome.confirmed:
             raise Unconfirmed(f"machine {number} (label {label})", outcome.error)

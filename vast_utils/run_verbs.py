@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from inspect import getdoc
 from typing import Annotated, TypeVar
@@ -21,7 +19,6 @@ from vast_utils.ledger import Ledger, ledgers
 from vast_utils.tasks import Task, read_tasks
 
 T = TypeVar("T")
-STOP_SECONDS = 1800.0
 
 
 def status(arguments: Sequence[str]) -> None:
@@ -121,19 +118,10 @@ def stop(arguments: Sequence[str]) -> None:
     ledger = choose_run(_parse(StopFlags, arguments, "stop").run)
     from vast_utils.account import Account
     from vast_utils.destroy import Unconfirmed
-    from vast_utils.session import DISPATCHER, alarm, reopen
+    from vast_utils.session import alarm, ask_to_stop, reopen
     from vast_utils.signals import stopping
 
-    if ledger.busy:
-        pid = int((ledger.get(DISPATCHER) or {"pid": 0})["pid"])
-        print(f"asking the dispatcher of {ledger.run} (process {pid}) to stop")
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-        end = time.monotonic() + STOP_SECONDS
-        while ledger.busy:
-            if time.monotonic() > end:
-                raise UserError(f"the dispatcher of {ledger.run} does not stop: `reap --run {ledger.run}` ends the run")
-            time.sleep(0.5)
+    ask_to_stop(ledger)
     with ledger.held(), stopping() as ear:
         ear.deaf = True
         dispatcher = reopen(ledger, Account())
@@ -141,6 +129,9 @@ def stop(arguments: Sequence[str]) -> None:
             dispatcher.end()
         except Unconfirmed as error:
             alarm(error)
+    if dispatcher.kept:
+        print("\n".join(dispatcher.kept.values()), file=sys.stderr)
+        raise SystemExit(1)
     print(f"run {ledger.run} has no machine left; it cost at most ${dispatcher.fleet.desk.budget.spent():.2f}")
 
 
@@ -159,7 +150,7 @@ def choose_run(name: str) -> Ledger:
 
 def is_open(ledger: Ledger) -> bool:
     """Whether a run has something to do, or a machine."""
-    return any(not task.over for task in read_tasks(ledger)) or any(not record.over for record in ledger.records())
+    return any(not task.over for task in read_tasks(ledger)) or bool(ledger.open_records())
 
 
 def read_task(ledger: Ledger, name: str) -> Task:
@@ -206,8 +197,9 @@ def _live_log(ledger: Ledger, name: str, follow: bool) -> None:
     from vast_utils.account import Account
     from vast_utils.hands import Hands
     from vast_utils.logs import lines
+    from vast_utils.said import printable
     from vast_utils.secrets import Redactor, known
-    from vast_utils.session import printable, reopen
+    from vast_utils.session import reopen
 
     dispatcher, task = reopen(ledger, Account()), read_task(ledger, name)
     assert isinstance(dispatcher.crew, Hands)

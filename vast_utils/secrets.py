@@ -22,16 +22,18 @@ GO_ALONG = (
     "AWS_ENDPOINT_URL",
     "AWS_REGION",
     "AWS_DEFAULT_REGION",
+    "AWS_SKIP_SIGNATURE",
 )
 """Sent where they are set; other variables by name."""
 STAY_HERE = ("VAST_API_KEY",)
 """The key that rents: whoever holds it can spend, so no machine ever sees it."""
-PLAIN = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
+PLAIN = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_SKIP_SIGNATURE")
 SHORTEST = 8
 
 _NAMES = re.compile(
-    r"\.env(\..*)?|\.envrc|\.netrc|_netrc|\.pypirc|\.npmrc|\.git-credentials|\.?vast_api_key|kubeconfig|"
-    r"id_(rsa|dsa|ecdsa|ed25519)(_sk)?(\..*)?|.*\.(pem|key|p12|pfx|kdbx|keystore|jks|ppk|gpg)|service[-_]account.*\.json",
+    r"\.env(\..*)?|.*\.env|\.envrc|\.netrc|_netrc|\.pypirc|\.npmrc|\.git-credentials|\.?vast_api_key|kubeconfig|"
+    r"\.s3cfg|\.boto|rclone\.conf|\.pgpass|\.htpasswd|kaggle\.json|client_secret.*\.json|service[-_]account.*\.json|"
+    r"id_(rsa|dsa|ecdsa|ed25519)([_.-].*)?|.*\.(pem|key|p12|pfx|kdbx|keystore|jks|ppk|gpg)",
     re.IGNORECASE,
 )
 _FOLDERS = {".aws", ".ssh", ".gnupg", ".kube", ".docker"}
@@ -41,7 +43,8 @@ _PROSE = {".py", ".pyi", ".md", ".rst", ".ipynb", ".html"}
 _CONTENT = re.compile(
     rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"
     rb"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
-    rb"|\bhf_[A-Za-z0-9]{30,}\b"
+    rb"|\bhf_[A-Za-z0-9]{30,}\b|\bwandb_v\d_[A-Za-z0-9_]{30,}\b"
+    rb"|\bglpat-[A-Za-z0-9_-]{20,}|\bxox[abeoprs]-[A-Za-z0-9-]{20,}|\bAIza[A-Za-z0-9_-]{35}\b"
     rb"|\bgh[pousr]_[A-Za-z0-9]{30,}\b|\bgithub_pat_[A-Za-z0-9_]{40,}\b"
     rb"|\bsk-(?:ant-|proj-)?[A-Za-z0-9_-]{32,}\b"
     rb"|(?i:wandb_api_key|vast_api_key|aws_secret_access_key)[\"']?\s*[:=]\s*[\"']?[A-Za-z0-9/+_-]{32,}"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -15,23 +18,25 @@ import tyro
 from sparse_coding.config import from_dict
 from sparse_coding.errors import Interrupted, UserError
 from vast_utils.account import Account
-from vast_utils.budget import Budget, worst_case
+from vast_utils.budget import Budget
 from vast_utils.clock import SafeClock
 from vast_utils.destroy import Unconfirmed
-from vast_utils.dispatch import WIND_DOWN, Dispatcher, NotFetched
+from vast_utils.dispatch import WIND_DOWN, Dispatcher
 from vast_utils.fleet import Fleet
 from vast_utils.hands import IMAGE, OUTFIT, Hands, Outfit
 from vast_utils.ledger import Caps, Ledger
-from vast_utils.offers import Need, nothing_fits, ranked
-from vast_utils.push import folder_files, project_files
+from vast_utils.offers import Need
+from vast_utils.push import project_files
+from vast_utils.results import NotFetched
+from vast_utils.said import printable
 from vast_utils.secrets import Redactor, collect, known, refuse_in
 from vast_utils.setup import Needs
 from vast_utils.signals import HaltingClock, Stopped, stopping
 from vast_utils.tasks import Queue, Task, syncs
 from vast_utils.workers import run
 
-DISPATCHER = "dispatcher.json"
-SHOWN = 12
+STOP_SECONDS = 1800.0
+"""So long a dispatcher that was asked to stop may save, fetch and destroy."""
 MOST_GRACE = 0.8 * WIND_DOWN
 
 
@@ -40,7 +45,7 @@ class RentFlags(Need):
     """What to rent and what it may cost."""
 
     max_cost: float
-    """Most dollars in all: never passed, whatever happens."""
+    """Most dollars in all, whatever happens; downloads are reckoned as --down GB for each machine."""
     max_hours: float
     """Most hours by the clock; machines are given back some minutes before."""
     max_price: float = 0.0
@@ -118,40 +123,6 @@ def with_bucket(argv: Sequence[str], bucket: str, name: str) -> tuple[str, ...]:
     return tuple(argv) if syncs(argv) else (*argv, "--sync", f"{bucket.rstrip('/')}/{name}")
 
 
-def preview(account: Account, flags: RentFlags, run_name: str, tasks: Sequence[Task], machines: int) -> None:
-    """Say what would be rented, what it can cost at worst, what would run and what would be sent. Rents nothing."""
-    need, caps, folder = flags.need(machines), flags.caps(machines), flags.folder
-    fitting = ranked(account, need)
-    if not fitting:
-        raise UserError(nothing_fits(account, need))
-    offer, price = fitting[0]
-    kind = "interruptible" if need.interruptible else "on demand"
-    most = worst_case(price.dearest(caps.max_price), price.traffic, caps, machines)
-    print(f"run       {run_name}")
-    print(
-        f"machine   {offer.num_gpus}x {offer.gpu_name}, {offer.geolocation or 'somewhere'}, ${price.hourly:.3f}/h "
-        f"{kind}: offer {offer.id}, the cheapest of {len(fitting)} that fit"
-    )
-    several = f" on {machines} machines" if machines > 1 else ""
-    print(
-        f"at most   ${most:.2f} for {caps.max_hours:g} h{several}; caps: ${caps.max_cost:.2f}, ${caps.max_price:.3f}/h"
-    )
-    for task in tasks[:SHOWN]:
-        print(f"command   {' '.join(task.argv)}")
-    if len(tasks) > SHOWN:
-        print(f"          and {len(tasks) - SHOWN} more")
-    chosen = project_files(folder)
-    print(f"sends     {len(chosen.names)} files of {folder.resolve()}, {chosen.bytes / 1e6:.1f} MB")
-    for models in flags.models:
-        print(f"          {models}, {folder_files(models).bytes / 1e6:.1f} MB")
-    for name, why in chosen.left_out.items():
-        print(f"left out  {name}: {why}")
-    print(f"variables {', '.join(collect(os.environ, flags.env)) or 'none'}")
-    credit = account.credit()
-    if credit is not None and credit < most:
-        print(f"note      the account holds ${credit:.2f}: vast.ai stops machines when it is used up")
-
-
 def dispatch(
     flags: RentFlags,
     run_name: str,
@@ -177,7 +148,6 @@ def dispatch(
     halt = threading.Event()
     hide = Redactor(known(os.environ) | secrets)
     with ledger.held(), stopping(say) as ear:
-        ledger.put(DISPATCHER, {"pid": os.getpid()})
         clock = HaltingClock(SafeClock(ledger.latest()), halt)
         caps, started = ledger.begin(flags.caps(machines), clock.now())
         budget = Budget(caps, started, ledger, clock, machine_cost=machine_cost)
@@ -200,7 +170,7 @@ def dispatch(
             ear.deaf = True
             _close(dispatcher, say)
         say(f"run {run_name} cost at most ${budget.spent():.2f}")
-    if stopped:
+    if stopped and not dispatcher.kept:
         raise Interrupted("nothing is left at vast.ai; the same command goes on from what was fetched")
     return queue
 
@@ -218,15 +188,28 @@ def reopen(ledger: Ledger, account: Account, say: Callable[[str], None] = print)
 
     What changes anything is to be done under `ledger.held()`. Raises `UserError` where the run was never begun.
     """
-    begun, outfit = ledger.get("run.json"), ledger.get(OUTFIT)
+    begun, outfit = ledger.begun(), ledger.get(OUTFIT)
     if begun is None or outfit is None:
         raise UserError(f"run {ledger.run!r} has not begun to rent")
     clock = SafeClock(ledger.latest())
-    budget = Budget(Caps(**begun["caps"]), float(begun["started"]), ledger, clock)
+    budget = Budget(*begun, ledger, clock)
     hide = Redactor(known(os.environ))
     fleet = Fleet(account, ledger, budget, clock, lambda line: say(hide(line)))
     crew = Hands(ledger, from_dict(Outfit, outfit), clock, api_url=account.url, say=fleet.say)
     return Dispatcher(fleet, crew, Queue(ledger), Need(), fleet.say, LogKeeper(ledger, hide, None))
+
+
+def ask_to_stop(ledger: Ledger, say: Callable[[str], None] = print) -> None:
+    """Have whoever is at work on a run save, fetch and destroy, and wait for its end. `UserError` where none comes."""
+    if pid := ledger.holder():
+        say(f"asking the dispatcher of {ledger.run} (process {pid}) to stop")
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + STOP_SECONDS
+    while ledger.busy:
+        if time.monotonic() > end:
+            raise UserError(f"the dispatcher of {ledger.run} does not stop: `reap --run {ledger.run}` ends the run")
+        time.sleep(0.5)
 
 
 def _close(dispatcher: Dispatcher, say: Callable[[str], None]) -> None:
@@ -235,8 +218,15 @@ def _close(dispatcher: Dispatcher, say: Callable[[str], None]) -> None:
         dispatcher.close()
     except Unconfirmed as error:
         alarm(error)
-    for reason in dispatcher.kept.values():
-        say(reason)
+    finally:
+        for reason in dispatcher.kept.values():
+            say(reason)
+
+
+def say_line(line: str) -> None:
+    """Print a line at once. A terminal that was closed, or a pipe that nobody reads, ends no run."""
+    with suppress(OSError, ValueError):
+        print(line, flush=True)
 
 
 def alarm(error: Unconfirmed) -> NoReturn:
@@ -257,12 +247,6 @@ class LogKeeper:
             file.write(line + "\n")
         if self.say:
             self.say(line)
-
-
-def printable(line: str) -> str:
-    """A line from a machine that may be a stranger's, as a terminal can be shown it: the end of a progress bar."""
-    last = line.rstrip("\r").rpartition("\r")[2]
-    return "".join(sign if sign.isprintable() or sign == "\t" else "?" for sign in last)
 
 
 def log_path(ledger: Ledger, task: str) -> Path:

@@ -62,49 +62,58 @@ def setup(
     The image's torch is kept where it works. Running it again is quick. Raises `Unfit` and the errors of ssh.
     """
     needs = needs or Needs()
-    found = check(machine, needs)
-    say(f"{machine}: {', '.join(found['gpus']) or 'no GPU'}, {found['free'] / 1e9:.0f} GB free")
+    found = check(machine, needs, remote)
+    with machine.understood():
+        say(f"{machine}: {', '.join(found['gpus']) or 'no GPU'}, {found['free'] / 1e9:.0f} GB free")
     mbps = measure(machine, needs)
     if mbps is not None:
         say(f"{machine}: downloads at {mbps:.0f} Mbit/s")
-    best = found["pythons"][0]
-    keeps = bool(best.get("torch")) and (best["cuda"] or not needs.gpu)
-    request = {
-        "verb": "install",
-        "python": best["python"],
-        "packages": best["packages"] if keeps else [],  # a torch that is not kept must not be found by pip
-        "pip": best["pip"],
-        "project": remote,
-        "skip": [*SKIPPED, "torch"] if keeps else SKIPPED,
-        "torch": best["torch"].split("+")[0] if keeps else "",
-        "pip_flags": pip_flags,
-    }
+    with machine.understood():
+        best = found["pythons"][0]
+        keeps = bool(best.get("torch")) and (best["cuda"] or not needs.gpu)
+        request = {
+            "verb": "install",
+            "python": best["python"],
+            "packages": best["packages"] if keeps else [],  # a torch that is not kept must not be found by pip
+            "pip": best["pip"],
+            "project": remote,
+            "skip": [*SKIPPED, "torch"] if keeps else SKIPPED,
+            "torch": best["torch"].split("+")[0] if keeps else "",
+            "pip_flags": pip_flags,
+        }
     try:
         done = machine.ask(prepare, request, limit_seconds)
     except CommandFailed as error:
         raise Unfit(str(error)) from None
-    now = done["about"]
-    if not now or not now.get("torch"):
-        raise Unfit(
-            f"{machine}: torch cannot be imported after the installation: {(now or {}).get('why', 'Python fails')}"
-        )
-    if needs.gpu and not now["cuda"]:
-        raise Unfit(f"{machine}: torch {now['torch']} cannot use the GPU: {now.get('why', 'it sees none')}")
-    where = " on " + now["gpu"] if needs.gpu else ""
-    say(f"{machine}: torch {now['torch']}{' of the image' if keeps else ''} works{where}")
-    return Ready(tuple(found["gpus"]), found["free"], mbps, best["python"], now["torch"], keeps, done["installed"])
+    with machine.understood():
+        now = _working(machine, needs, done["about"] or {})
+        where = " on " + now["gpu"] if needs.gpu else ""
+        say(f"{machine}: torch {now['torch']}{' of the image' if keeps else ''} works{where}")
+        return Ready(tuple(found["gpus"]), found["free"], mbps, best["python"], now["torch"], keeps, done["installed"])
 
 
-def check(machine: Machine, needs: Needs) -> dict[str, Any]:
+def _working(machine: Machine, needs: Needs, about: dict[str, Any]) -> dict[str, Any]:
+    """What a Python says of itself, if its torch is of use."""
+    if not about.get("torch"):
+        raise Unfit(f"{machine}: torch cannot be imported after the installation: {about.get('why', 'Python fails')}")
+    if needs.gpu and not about["cuda"]:
+        raise Unfit(f"{machine}: torch {about['torch']} cannot use the GPU: {about.get('why', 'it sees none')}")
+    return about
+
+
+def check(machine: Machine, needs: Needs, remote: str = REMOTE) -> dict[str, Any]:
     """What the machine has. Raises `Unfit` where that is too little."""
-    found = machine.ask(prepare, {"verb": "look", "python": needs.python}, 900)
-    if found["free"] < needs.disk_gb * 1e9:
-        raise Unfit(f"{machine}: {found['free'] / 1e9:.1f} GB of disk are free, {needs.disk_gb:g} are needed")
-    if needs.gpu and not found["gpus"]:
-        said = " ".join(found["nvidia_smi"].split()) or "it said nothing"
-        raise Unfit(f"{machine}: nvidia-smi finds no GPU ({said}); --no-gpu is for machines without")
-    if not found["pythons"]:
-        raise Unfit(f"{machine}: no Python 3.10 or newer" + (f" at {needs.python}" if needs.python else ""))
+    found = machine.ask(prepare, {"verb": "look", "python": needs.python, "project": remote}, 900)
+    with machine.understood():
+        if found["free"] < needs.disk_gb * 1e9:
+            raise Unfit(f"{machine}: {found['free'] / 1e9:.1f} GB of disk are free, {needs.disk_gb:g} are needed")
+        if needs.gpu and not found["gpus"]:
+            said = " ".join(found["nvidia_smi"].split()) or "it said nothing"
+            raise Unfit(f"{machine}: nvidia-smi finds no GPU ({said}); --no-gpu is for machines without")
+        if not found["pythons"]:
+            raise Unfit(f"{machine}: no Python 3.10 or newer" + (f" at {needs.python}" if needs.python else ""))
+        if not found["project"]:
+            raise Unfit(f"{machine}: no requirements.txt in {remote}: push the project first")
     return found
 
 
@@ -115,7 +124,8 @@ def measure(machine: Machine, needs: Needs) -> float | None:
     got = machine.ask(prepare, {"verb": "speed", "url": needs.download_url, "seconds": SPEED_SECONDS}, 90)
     if "error" in got:
         raise Unfit(f"{machine}: cannot download {needs.download_url}: {got['error']}")
-    mbps = got["bytes_per_second"] * 8 / 1e6
+    with machine.understood():
+        mbps = float(got["bytes_per_second"]) * 8 / 1e6
     if mbps < needs.download_mbps:
         raise Unfit(f"{machine}: downloads at {mbps:.0f} Mbit/s, {needs.download_mbps:g} are needed")
     return mbps

@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from sparse_coding.errors import Interrupted
 from vast_utils.clock import Clock
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -27,20 +28,27 @@ class Ear:
 
 @contextmanager
 def stopping(say: Callable[[str], None] = print) -> Iterator[Ear]:
-    """Raise `Stopped` in the main thread at each signal, until the ear is made deaf."""
+    """Raise `Stopped` in the main thread at each signal, until the ear is made deaf. `nohup` is respected.
+
+    One that nobody minds leaves the block as `Interrupted`.
+    """
     ear = Ear()
 
     def heard(number: int, frame: Any) -> None:
         if not ear.deaf:
             raise Stopped
-        say("the machines are being destroyed: please wait, or they may go on costing money")
+        with suppress(RuntimeError):  # it came in the middle of a line: what destroys is not to fail for that
+            say("the machines are being destroyed: please wait, or they may go on costing money")
 
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield ear
         return
-    before = {number: signal.signal(number, heard) for number in SIGNALS}
+    left = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []
+    before = {number: signal.signal(number, heard) for number in SIGNALS if number not in left}
     try:
         yield ear
+    except Stopped:
+        raise Interrupted("nothing was rented; the same command begins anew, or goes on") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -14,8 +14,8 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from inspect import getsource
 from pathlib import Path
@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import IO, Any
 
 from sparse_coding.errors import UserError
+from vast_utils.said import ANSWER_BYTES, collected, plain, plain_throughout
 
 CONNECT_SECONDS = 15
 FIND_PYTHON = (
@@ -32,7 +33,6 @@ FIND_PYTHON = (
     'echo "there is no python3 on the machine" >&2; exit 127'
 )
 """Images keep Python in many places, and an ssh command sees a shorter PATH than a login."""
-ANSWER_BYTES = 64_000_000
 
 
 class MachineError(UserError):
@@ -129,33 +129,52 @@ class Machine:
         """
         with self.start(argv) as command:
             try:
-                out, err = command.process.communicate(stdin, timeout)
+                out, err = collected(command.process, stdin, timeout)
             except subprocess.TimeoutExpired:
                 raise TimedOut(f"{self}: {_short(argv)} did not end within {timeout:g} s") from None
+        if max(len(out), len(err)) > ANSWER_BYTES:
+            raise MachineError(f"{self} says more than we asked for")
         done = Done(command.process.returncode, out, err)
         if done.rc == 255:
             raise self.failure(err)
         if check and done.rc != 0:
-            said = _plain(err).strip()
+            said = plain(err).strip()
             last = said.splitlines()[-1] if said else "it said nothing"
             raise CommandFailed(f"{self}: {_short(argv)} exited {done.rc}: {last}", done.rc, said)
         return done
 
     def ask(self, script: ModuleType, request: Mapping[str, Any], timeout: float = 60.0) -> dict[str, Any]:
-        """The answer of a script of `on_machine` to a request: a line of JSON each way, over stdin and stdout."""
+        """The answer of a script of `on_machine` to a request: a line of JSON each way, over stdin and stdout.
+
+        Its strings are safe to print. What is in it is to be looked at under `understood`.
+        """
         done = self.run(python_command(script), json.dumps(request).encode() + b"\n", timeout)
         try:
-            answer = json.loads(done.stdout.splitlines()[-1]) if len(done.stdout) < ANSWER_BYTES else None
-        except (ValueError, IndexError):
+            answer = plain_throughout(json.loads(done.stdout.splitlines()[-1]))
+        except (ValueError, IndexError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
-            raise MachineError(f"{self} answered what we do not understand: {_plain(done.stdout[:200])!r}")
+            raise MachineError(f"{self} answered what we do not understand: {plain(done.stdout[:200])!r}")
         return answer
+
+    @contextmanager
+    def understood(self) -> Iterator[None]:
+        """For looking at an answer: one that is not as our script makes it is the machine's failure, not ours."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+            raise MachineError(f"{self} answered what we do not understand ({type(error).__name__})") from None
 
     def start(self, argv: Sequence[str]) -> Started:
         """Start a command with pipes for its three streams, as a context: at its end nothing is left here."""
-        if self.known_hosts.parent != Path():
+        try:
             self.known_hosts.parent.mkdir(parents=True, exist_ok=True)
+            if not self.known_hosts.exists():
+                self.known_hosts.touch()  # ssh that cannot keep the machine's key would take any other the next time
+        except OSError as error:
+            raise UserError(
+                f"{self.known_hosts}, where the machine's key is to be kept, cannot be written ({error.strerror})"
+            ) from None
         try:
             process = subprocess.Popen(
                 [*self.ssh_command(), shlex.join(argv)],
@@ -173,13 +192,16 @@ class Machine:
 
     def failure(self, stderr: bytes) -> MachineError:
         """The error that ssh's own words (exit code 255) tell."""
-        said = " ".join(_plain(stderr).split()) or "the connection was lost"
+        said = " ".join(plain(stderr).replace("@@", "").split()) or "the connection was lost"
         kind = next((kind for pattern, kind in _SAID if re.search(pattern, said)), Unreachable)
         if kind is HostKeyChanged:
-            return kind(
-                f"{self}: its ssh key is not the one of the first contact; if that is right, delete {self.known_hosts}"
-            )
-        return kind(f"{self}: {said[-300:]}")
+            where = f"[{self.host}]:{self.port}" if self.port != 22 else self.host
+            mend = f"ssh-keygen -R {shlex.quote(where)} -f {shlex.quote(str(self.known_hosts))}"
+            return kind(f"{self}: its ssh key is not the one of the first contact; if that is right: {mend}")
+        if kind is AuthFailed:
+            key = f"{self.identity}" if self.identity else "a key of ssh's agent or a usual file (--identity names one)"
+            said += f" Tried: {key}; one with a passphrase has to be in the agent (ssh-add)"
+        return kind(f"{self}: {said[-400:]}")
 
     def ready(self, deadline_seconds: float, pause: float = 2.0) -> None:
         """Wait until the machine takes a command; raises the last failure. A changed host key is not waited for.
@@ -206,7 +228,7 @@ class Machine:
         met = self.known_hosts.is_file() and self.known_hosts.stat().st_size > 0
         options = {
             "BatchMode": "yes",
-            "UserKnownHostsFile": f'"{self.known_hosts}"',
+            "UserKnownHostsFile": _path(self.known_hosts),
             "GlobalKnownHostsFile": "/dev/null",
             "StrictHostKeyChecking": "yes" if met else "accept-new",
             "UpdateHostKeys": "no",
@@ -219,12 +241,12 @@ class Machine:
             "LogLevel": "ERROR",
             "ControlMaster": "auto",
             "ControlPersist": "60",
-            "ControlPath": f'"{self._control_path()}"',
+            "ControlPath": _path(self._control_path()),
         }
         if self.identity is not None:
             options["IdentitiesOnly"] = "yes"
         flags = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-        identity = ["-i", str(self.identity)] if self.identity is not None else []
+        identity = ["-o", f"IdentityFile={_path(self.identity)}"] if self.identity is not None else []
         return ["ssh", "-F", "none", "-T", *flags, *identity, "-p", str(self.port), *extra, f"{self.user}@{self.host}"]
 
     def _control_path(self) -> Path:
@@ -245,16 +267,15 @@ def python_command(script: ModuleType) -> list[str]:
 
 def parse_address(text: str) -> tuple[str, str, int]:
     """User, host and port of `user@host:port`; the port is 22 and the user root where they are left out."""
-    found = re.fullmatch(r"(?:([A-Za-z0-9_][\w.-]*)@)?([A-Za-z0-9][\w.-]*|\[[0-9A-Fa-f:.]+\])(?::(\d+))?", text)
+    found = re.fullmatch(r"(?:([A-Za-z0-9_][\w.-]*)@)?([A-Za-z0-9][\w.-]*|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?", text)
     if not found or not 0 < int(found[3] or 22) < 65536:
         raise UserError(f"--ssh is {text!r}: it must be user@host:port, such as root@203.0.113.7:40022")
     return found[1] or "root", found[2].strip("[]"), int(found[3] or 22)
 
 
-def _plain(said: bytes) -> str:
-    """What a machine said, without signs that would steer our terminal."""
-    text = said.decode("utf-8", "replace")
-    return "".join(sign if sign.isprintable() or sign.isspace() else "?" for sign in text)
+def _path(path: Path) -> str:
+    """A path as a value of ssh's options, which read `%h` and the like in it."""
+    return '"' + str(path).replace("%", "%%") + '"'
 
 
 def _short(argv: Sequence[str]) -> str:

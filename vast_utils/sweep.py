@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import getdoc
 from pathlib import Path
@@ -18,7 +19,7 @@ from sparse_coding.errors import UserError
 from vast_utils.ledger import Ledger, check_run_name
 from vast_utils.merge import merge
 from vast_utils.reap import cost
-from vast_utils.session import RentFlags, dispatch, is_done, preview, settle, with_bucket
+from vast_utils.session import RentFlags, dispatch, is_done, say_line, settle, with_bucket
 from vast_utils.sky_export import SkyFlags, export
 from vast_utils.sweep_file import read, tasks
 from vast_utils.tasks import Queue, Task, read_tasks
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     if not is_done(ledger, todo):
         if not flags.yes:
             from vast_utils.account import Account
+            from vast_utils.preview import preview
 
             preview(Account(), flags, name, todo, machines)
             print("\nnothing was rented; with --yes it will be")
@@ -102,7 +104,7 @@ class Board:
     """A table of the commands that is drawn anew every second, events above it; off a terminal events alone."""
 
     def __init__(self, ledger: Ledger):
-        self.ledger, self.say = ledger, _print
+        self.ledger, self.say = ledger, say_line
         self._over = threading.Event()
 
     def __enter__(self) -> Board:
@@ -111,21 +113,28 @@ class Board:
 
             self._live = Live(_table(self.ledger), refresh_per_second=4)
             self._live.start()
-            self.say: Callable[[str], None] = lambda line: self._live.console.print(line, markup=False, highlight=False)
+            self.say: Callable[[str], None] = self._above
             self._thread = threading.Thread(target=self._draw, daemon=True)
             self._thread.start()
         return self
 
+    def _above(self, line: str) -> None:
+        with suppress(OSError):  # the terminal was closed
+            self._live.console.print(line, markup=False, highlight=False)
+
     def _draw(self) -> None:
         while not self._over.wait(REFRESH):
-            self._live.update(_table(self.ledger))
+            with suppress(UserError):  # a ledger that cannot be read is said by who works with it
+                self._live.update(_table(self.ledger))
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         if sys.stdout.isatty():
             self._thread.join()
-            self._live.update(_table(self.ledger))
-            self._live.stop()
+            with suppress(OSError, UserError):
+                self._live.update(_table(self.ledger))
+            with suppress(OSError):
+                self._live.stop()
 
 
 def _table(ledger: Ledger) -> Table:
@@ -145,7 +154,3 @@ def _table(ledger: Ledger) -> Table:
         where = (str(record.instance), f"{record.hourly:.3f}") if record else ("", "")
         table.add_row(task.about or task.name, task.phase, *where, str(task.failures or ""))
     return table
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)

@@ -11,16 +11,16 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparse_coding.errors import UserError
 from vast_utils.on_machine import exchange
+from vast_utils.said import ANSWER_BYTES, plain, plain_throughout
 from vast_utils.ssh import (
-    ANSWER_BYTES,
     CommandFailed,
     Machine,
     MachineError,
@@ -47,24 +47,31 @@ class Moved:
     sent_bytes: int = 0
 
 
-def remote_files(machine: Machine, root: str, below: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
-    """{name: (size, mtime_ns)} of the finished files of a folder there. Raises `MachineError` on a hostile name."""
-    answer = machine.ask(exchange, {"verb": "walk", "root": root, "below": list(below)}, ASK_SECONDS)["files"]
-    for name in answer:
-        if not exchange.is_safe(name):
-            raise MachineError(f"{machine} has a file named {name[:80]!r} in {root}: such a name is not fetched")
-    return {name: (int(known[0]), int(known[1])) for name, known in answer.items()}
+Files = dict[str, tuple[int, int]]
+"""{name: (size, mtime_ns)}"""
+
+
+def remote_files(machine: Machine, root: str, below: Sequence[str] = ()) -> tuple[Files, list[str]]:
+    """The finished files of a folder there, and names that are never fetched (control characters and the like)."""
+    answer = machine.ask(exchange, {"verb": "walk", "root": root, "below": list(below)}, ASK_SECONDS)
+    with machine.understood():
+        odd = [str(name) for name in answer["odd"]]
+        files = {name: (known[0], known[1]) for name, known in answer["files"].items()}
+        if not all(exchange.is_safe(name) and exchange.is_version(*known) for name, known in files.items()):
+            raise ValueError
+    return files, odd
 
 
 def pull(
     machine: Machine,
     root: str,
     folder: Path,
-    wanted: Mapping[str, tuple[int, int]],
+    wanted: Files,
     progress: Callable[[int], Any] | None = None,
 ) -> Moved:
     """Bring files {name: (size, mtime_ns)} of `root` on the machine to the same names under `folder`, in that order."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with _local(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     need = sum(size for size, _ in wanted.values())
     if need + SPARE_BYTES > (free := shutil.disk_usage(folder).free):
         raise UserError(f"{folder} has {free / 1e9:.1f} GB free, and {need / 1e9:.1f} GB are to come; make room")
@@ -78,7 +85,8 @@ def pull(
 
         # a log grows between the listing and now: as much again as it had, and a little, is believed
         limits = {name: 2 * size + (1 << 20) for name, (size, _) in left.items()}
-        placed, failed = exchange.receive(command.stdout, str(folder), limits, came)
+        with _local(folder):
+            placed, failed = exchange.receive(command.stdout, str(folder), limits, came)
         moved.placed += placed
         moved.failed = failed
         left.clear()
@@ -105,22 +113,27 @@ def push_files(
 
     def once(command: Started, came: Callable[[int], None]) -> None:
         there = machine.ask(exchange, {"verb": "look", "root": root, "names": list(here)}, ASK_SECONDS)
-        left = {name: known for name, known in here.items() if there["files"].get(name) != known}
-        begun = {name: there["begun"].get(exchange.key(name, *known[:2]), 0) for name, known in left.items()}
-        need = sum(known[0] - begun[name] for name, known in left.items())
-        if need + SPARE_BYTES > there["free"]:
-            raise MachineError(
-                f"{machine} has {there['free'] / 1e9:.1f} GB free, and {need / 1e9:.1f} GB are to go there"
-            )
+        with machine.understood():
+            left = {name: known for name, known in here.items() if there["files"].get(name) != known}
+            begun = {name: int(there["begun"].get(exchange.key(name, *known[:2]), 0)) for name, known in left.items()}
+            need, free = sum(known[0] - begun[name] for name, known in left.items()), there["free"] / 1
+        if need + SPARE_BYTES > free:
+            raise MachineError(f"{machine} has {free / 1e9:.1f} GB free, and {need / 1e9:.1f} GB are to go there")
         request = {"verb": "receive", "root": root, "manifest": manifest, "names": list(here)}
         _write(command, json.dumps(request).encode() + b"\n")
         wanted = [[name, known[0], known[1], begun[name]] for name, known in left.items()]
         exchange.send(str(folder), wanted, _Counted(command, came))
         command.stdin.close()
-        answer = json.loads(command.stdout.readline(ANSWER_BYTES) or b"null")
-        if answer is None:
+        said = command.stdout.readline(ANSWER_BYTES)
+        if not said:
             raise exchange.Broken(exchange.LOST)
-        moved.placed, moved.failed, moved.gone = answer["placed"], answer["failed"], answer["gone"]
+        with machine.understood():
+            answer = plain_throughout(json.loads(said))
+            moved.placed, moved.failed, moved.gone = (
+                list(answer["placed"]),
+                dict(answer["failed"]),
+                list(answer["gone"]),
+            )
 
     _attempts(machine, once, moved, progress)
     return moved
@@ -187,11 +200,20 @@ def _why(machine: Machine, command: Started, ours: str) -> MachineError:
     if rc == 255:
         return machine.failure(said)
     if rc is not None and rc > 0:
-        words = said.decode("utf-8", "replace").strip()
+        words = plain(said).strip()
         return CommandFailed(f"{machine}: the transfer failed: {''.join(words.splitlines()[-1:])}", rc, words)
     if rc is not None and rc < 0:  # we cut it: nothing moved
         return Unreachable(f"{machine}: {exchange.LOST}")
     return Unreachable(f"{machine}: {ours}") if ours == exchange.LOST else MachineError(f"{machine}: {ours}")
+
+
+@contextmanager
+def _local(folder: Path) -> Iterator[None]:
+    """For writing here: what this computer cannot do is the user's to mend, and no fault of the machine."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be written here ({error.strerror})") from None
 
 
 def _write(command: Started, data: bytes) -> None:

@@ -13,6 +13,11 @@ SCRIPT = Path(__file__).parent / "on_machine" / "watchdog.sh"
 LONGEST = 4000
 """vast.ai takes about this many characters of onstart."""
 STALE_SECONDS = 1800.0
+GUARDED = (
+    'cd ~/.sparse_coding && read -r pid _ <watchdog.pid && kill -0 "$pid" && cat watchdog.lacks && '
+    "[ ! -s watchdog.lacks ]"
+)
+"""Shell for a machine, over ssh: succeeds where its watchdog runs and lacks nothing, else prints what it lacks."""
 
 
 def onstart(

@@ -7,8 +7,9 @@ import time
 
 from sparse_coding.errors import UserError
 from vast_utils.destroy import Unconfirmed
-from vast_utils.dispatch import Dispatcher, NotFetched
+from vast_utils.dispatch import Dispatcher
 from vast_utils.rental import Rental
+from vast_utils.results import NotFetched
 from vast_utils.signals import Stopped
 
 

@@ -69,5 +69,4 @@ def rented(tmp_path: Path, image_python: str) -> Iterator[Rented]:
     made = make_rented(FakeVast, tmp_path, image_python)
     with serving(made.fake):
         yield made
-    for machine in made.machines:
-        machine.stop()
+        made.stop()

@@ -45,6 +45,7 @@ class World:
 
 def make_world(monkeypatch: Any, folder: Path, market: Market | None = None, **settings: Any) -> World:
     """A fake API without sockets and an account that talks to it through the SDK."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)  # nothing here crashes the computer itself
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.delenv("VAST_URL", raising=False)
     fake = FakeVast(market or Market(VirtualClock()), **settings)

@@ -88,9 +88,13 @@ class FakeCrew:
     fates: tuple[str, ...] = ("",)
     here: dict[str, float] = field(default_factory=dict)
     complete: set[str] = field(default_factory=set)
+    bases: list[float] = field(default_factory=list)
+    """Seconds of work that each start went on from."""
     tick: Callable[[], None] = lambda: None
     """Called at each thing it does: where a schedule kills."""
     public_key: str = "ssh-x"
+    no_watchdog: str = ""
+    """Why machines cannot end themselves."""
 
     def furnish(self, rental: Rental) -> Container:
         return Container(image="pytorch/pytorch")
@@ -100,6 +104,9 @@ class FakeCrew:
         self.market.clock.sleep(self.rng.uniform(20, 200))
         if self.rng.random() < self.unfit:
             raise Lost("nvidia-smi finds no GPU")
+
+    def unguarded(self, rental: Rental) -> str:
+        return self.no_watchdog
 
     def meet(self, rental: Rental, instance: Instance) -> None: ...
 
@@ -132,6 +139,7 @@ class FakeCrew:
             base = self._saved(before)
         self.market.clock.sleep(self.rng.uniform(1, 30))
         fate = self.rng.choice(self.fates)
+        self.bases.append(base)
         machine.jobs[task.name] = Work(self.length, self.market.clock.now(), base, machine.boot, fate)
 
     def log(self, rental: Rental, task: Task, offset: int) -> bytes:

@@ -162,6 +162,7 @@ class LoopbackMachine:
             "PrintMotd": "no",
             "LogLevel": "INFO",
             "ForceCommand": self.folder / "command.sh",
+            "SetEnv": f"HOME={self.home}",  # or the login shell would read what the real user's home has for it
         }
         config.write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
         if os.getuid() == 0:  # sshd of Debian wants it, and only its service makes it

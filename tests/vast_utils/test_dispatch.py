@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 
 from sparse_coding.errors import UserError
-from tests.vast_utils.desks import CAPS, NEED, World, dispatcher, make_world
+from tests.vast_utils.desks import CAPS, NEED, World, content, dispatcher, furnish, make_world
 from tests.vast_utils.fake_crew import FakeCrew, FakeMachine
-from vast_utils.dispatch import PATIENCE, Dispatcher, NotFetched
+from vast_utils.dispatch import PATIENCE, Dispatcher
 from vast_utils.ledger import Caps, Ledger
 from vast_utils.offers import Need
+from vast_utils.results import NotFetched
 from vast_utils.tasks import Queue, Task, read_tasks
 from vast_utils.workers import run
 
@@ -168,3 +169,99 @@ def test_more_machines_than_commands_are_not_rented(world, crew):
         one.close()
     assert world.count("create") == 1
     assert crew.complete == {"run-0"}
+
+
+def once(world: World, crew: FakeCrew, what: Callable[[], None], seconds: float = 1100.0) -> Callable[[], None]:
+    """Does it once, when the first machine has worked for so long."""
+    began, did = world.clock.now(), []
+
+    def meanwhile() -> None:
+        if not did and 5001 in world.market.leases and world.clock.now() - began > seconds:
+            did.append(True)
+            what()
+
+    return meanwhile
+
+
+def test_whatever_ends_a_dispatcher_its_job_saves_and_is_fetched_first(world, crew):
+    """A full disk, a bug, another machine that resists: this one is about to be destroyed with all that is on it."""
+
+    def trouble() -> None:
+        raise UserError("the ledger cannot be written")
+
+    with pytest.raises(UserError, match="cannot be written"):
+        dispatch(world, crew, meanwhile=once(world, crew, trouble))
+    assert crew.here["run-0"] % 300 > 0  # saved when it was stopped, not a checkpoint
+    assert (task(world).phase, task(world).why) == ("waiting", "the ledger cannot be written")
+    assert not world.market.leases
+
+
+def test_a_log_that_cannot_be_kept_here_loses_no_results(world, crew):
+    log = crew.log
+
+    def full(rental, task, offset):
+        if crew.here.get("run-0", 0) > 500:
+            raise OSError(28, "No space left on device")
+        return log(rental, task, offset)
+
+    crew.log = full  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="No space"):
+        dispatch(world, crew)
+    assert crew.here["run-0"] % 300 > 0
+    assert not world.market.leases
+
+
+def test_one_list_that_lacks_a_machine_does_not_end_it(world, crew):
+    listed = world.fake._list
+
+    def lacking(*arguments):
+        world.fake._list = listed
+        return listed(None, {"after_token": ["9999"]}, None)
+
+    dispatch(world, crew, meanwhile=once(world, crew, lambda: setattr(world.fake, "_list", lacking)))
+    assert world.fake._list is listed  # it was asked
+    assert task(world).phase == "done"
+    assert world.count("create") == 1
+
+
+def test_a_machine_that_gets_dearer_is_given_back_with_its_results_here(world, crew):
+    def dearer() -> None:
+        world.market.leases[5001].fate.price_factor = 1.5
+
+    said = dispatch(world, crew, meanwhile=once(world, crew, dearer))
+    assert any("as shown" in line for line in said)
+    assert task(world).phase == "done"
+    assert task(world).failures == 0
+    assert crew.bases[-1] % 300 > 0  # what the second machine began with was saved when the first was stopped
+
+
+def test_a_machine_that_cannot_end_itself_is_not_left_alone(world, crew):
+    crew.no_watchdog = "no CONTAINER_API_KEY in its environment"
+    said = dispatch(world, crew, detach=True)
+    assert any("note: machine 5001 cannot end itself (no CONTAINER_API_KEY" in line for line in said)
+    assert any("it is not left alone" in line for line in said)
+    assert task(world).phase == "done"
+    assert not world.market.leases
+
+
+def test_a_stop_keeps_the_machine_whose_results_do_not_fit_here_and_ends_the_others(world, crew):
+    dispatch(world, crew, detach=True)
+    fetch = crew.fetch
+
+    def full(rental, task, last):
+        raise UserError("outputs has 0.1 GB free; make room")
+
+    crew.fetch = full  # type: ignore[method-assign]
+    with dispatcher(world) as fleet:
+        fleet.hire(NEED, furnish, 0.6, content)
+        one = Dispatcher(fleet, crew, Queue(fleet.desk.ledger), NEED, lambda line: None)
+        one.end()
+        assert "do not fit here" in "".join(one.kept.values())
+    assert list(world.market.leases) == [5001]
+    crew.fetch = fetch  # type: ignore[method-assign]
+    with dispatcher(world) as fleet:
+        one = Dispatcher(fleet, crew, Queue(fleet.desk.ledger), NEED, lambda line: None)
+        one.end()
+        assert not one.kept
+    assert crew.here["run-0"] > 0
+    assert not world.market.leases

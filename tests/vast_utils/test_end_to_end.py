@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.vast_utils.rented import ROOT, until
 
-RUN = "--tokens 40k --l1 1 --ratios 4 --eval-rows 2000 --splice-tokens 500 --latents 2 --checkpoint-seconds 0.3"
+RUN = "--tokens 30k --l1 1 --ratios 4 --eval-rows 2000 --splice-tokens 500 --latents 2 --checkpoint-seconds 0.3"
 FLAGS = [*RUN.split(), "--checkpoint-share", "1", "--keep-checkpoints", "3"]
 
 
@@ -21,8 +21,10 @@ def test_a_run_that_loses_its_machine_has_the_bits_of_one_left_in_peace(rented, 
         shutil.copy(ROOT / name, rented.project / name)
     shutil.copytree(ROOT / "sparse_coding", rented.project / "sparse_coding", ignore=shutil.ignore_patterns("__pyc*"))
     rented.python, rented.clock.speed = sys.executable, 15.0
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    environment = {**rented.environment, "OMP_NUM_THREADS": "1", "SPARSE_CODING_CACHE": str(rented.folder / "cache")}
+    same = {"OMP_NUM_THREADS": "1", "SPARSE_CODING_NATIVE": "0"}  # each machine would compile the C++ step for a while
+    for name, value in same.items():
+        monkeypatch.setenv(name, value)
+    environment = {**rented.environment, "SPARSE_CODING_CACHE": str(rented.folder / "cache")}
     undisturbed = subprocess.Popen(
         [sys.executable, "run.py", *FLAGS, "--out", str(rented.folder / "alone")],
         cwd=rented.project,
@@ -32,10 +34,10 @@ def test_a_run_that_loses_its_machine_has_the_bits_of_one_left_in_peace(rented, 
         text=True,
     )
     here = rented.project / "outputs" / "toy"
-    words = rented.launch_words("--env", "OMP_NUM_THREADS")
+    words = rented.launch_words("--env", *same)
     process = rented.start("launch", *words, "--", "run.py", *FLAGS, "--out", "outputs/toy")
-    there = until(lambda: rented.machines and rented.machines[0].home, 60)
-    until(lambda: list(there.glob("sparse_coding/outputs/toy/checkpoints/step-*/*.json")), 120)
+    there = until(lambda: rented.machines and rented.machines[0].home, 120)
+    until(lambda: list(there.glob("sparse_coding/outputs/toy/checkpoints/step-*/*.json")), 300)
     beat = next(there.glob(".sparse_coding/jobs/*/heartbeat.json"))
     os.kill(json.loads(beat.read_text())["pid"], signal.SIGSTOP)  # so that there is time to fetch before it ends
     until(lambda: list(here.glob("checkpoints/step-*/*.json")), 60)

@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,8 @@ def files(folder: Path) -> dict[str, bytes]:
         "a\0b",
         "a\nb",
         "a\\b",
-        "C:b",
+        "x" * 256,
+        "a\udcff",
         ".incoming/x",
         "x" * 1024,
         "a\x1b[31m",
@@ -65,6 +68,28 @@ def test_a_file_that_is_larger_than_said_is_refused_before_it_is_read(tmp_path):
     with pytest.raises(exchange.Broken, match="more of this than it said"):
         exchange.receive(source, str(tmp_path), {"this": 99})
     assert len(source.read()) > 100
+
+
+def test_nothing_comes_twice(tmp_path):
+    """Or a machine could send for ever."""
+    with pytest.raises(exchange.Broken, match="not asked for: 'this'"):
+        exchange.receive(io.BytesIO(frame("this", b"x") * 2 + END), str(tmp_path), {"this": 10})
+
+
+def test_two_transfers_into_one_folder_come_one_after_the_other(tmp_path):
+    reading, writing = os.pipe()
+    with ThreadPoolExecutor(2) as pool, open(reading, "rb") as slow:
+        first = pool.submit(exchange.receive, slow, str(tmp_path))
+        os.write(writing, frame("one", b"1"))
+        while not (tmp_path / "one").exists():
+            time.sleep(0.01)
+        second = pool.submit(exchange.receive, io.BytesIO(frame("two", b"2") + END), str(tmp_path))
+        time.sleep(0.3)
+        assert not second.done()
+        os.write(writing, END)
+        os.close(writing)
+        assert [first.result(), second.result()] == [(["one"], {}), (["two"], {})]
+    assert files(tmp_path) == {"one": b"1", "two": b"2"}
 
 
 def test_links_on_the_way_are_not_followed(tmp_path):
@@ -150,6 +175,19 @@ def test_a_log_of_lines_ends_with_a_whole_line(tmp_path):
     assert (tmp_path / "here" / "log.jsonl").read_bytes() == b'{"a": 1}\n{"a": 2}\n'
 
 
+@pytest.mark.parametrize(
+    "text", [b'{"a": 1}\n{"a": 2}', b'{"a": 1}', b"", b'{"a": 1}\n', b'{"a": "' + b"x" * 10**6 + b'"}']
+)
+def test_a_last_record_without_a_line_end_comes_too(tmp_path, text):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "log.jsonl").write_bytes(text)
+    out = io.BytesIO()
+    exchange.send(str(there), [["log.jsonl", len(text), 0, 0]], out)
+    exchange.receive(io.BytesIO(out.getvalue()), str(tmp_path / "here"))
+    assert (tmp_path / "here" / "log.jsonl").read_bytes() == text
+
+
 def test_json_is_not_placed_beside_a_file_that_is_missing(tmp_path):
     there = tmp_path / "there"
     there.mkdir()
@@ -168,11 +206,24 @@ def test_unfinished_files_and_links_are_not_listed(tmp_path):
     (tmp_path / "results.jsonl.k3j_d8fa").touch(0o600)
     (tmp_path / "model.safetensors.original").touch(0o644)
     (tmp_path / "link").symlink_to("whole.json")
-    assert set(exchange.walk(str(tmp_path), [])) == {"whole.json", "run/whole.txt", "model.safetensors.original"}
-    assert set(exchange.walk(str(tmp_path), ["run", "nowhere"])) == {"run/whole.txt"}
+    (tmp_path / "run" / "a\nb").touch()
+    (tmp_path / "run" / "12:30*?.txt").touch()
+    found = exchange.walk(str(tmp_path), [])
+    assert set(found["files"]) == {"whole.json", "run/whole.txt", "run/12:30*?.txt", "model.safetensors.original"}
+    assert found["odd"] == ["run/a\nb"]
+    assert set(exchange.walk(str(tmp_path), ["run", "nowhere"])["files"]) == {"run/whole.txt", "run/12:30*?.txt"}
 
 
-@pytest.mark.parametrize("line", [b"not json\n", b"[1]\n", b'{"name": "f", "size": -1, "offset": 0, "mtime_ns": 0}\n'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json\n",
+        b"[1]\n",
+        b'{"name": "f", "size": -1, "offset": 0, "mtime_ns": 0}\n',
+        frame("f", b"x", mtime_ns=2**70),
+        frame("f", b"x", size=1.0),
+    ],
+)
 def test_what_is_no_frame_is_an_error(tmp_path, line):
     with pytest.raises(exchange.Broken):
         exchange.receive(io.BytesIO(line), str(tmp_path))

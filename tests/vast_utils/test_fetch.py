@@ -9,6 +9,7 @@ import pytest
 from sparse_coding.errors import UserError
 from vast_utils.fetch import fetch
 from vast_utils.on_machine import exchange
+from vast_utils.push import push_models
 from vast_utils.ssh import MachineError
 
 
@@ -135,11 +136,30 @@ def test_links_of_the_machine_are_not_fetched(machine, host, there, tmp_path):
     assert names(tmp_path / "outputs") == OLD | NEW
 
 
-def test_a_file_with_a_hostile_name_stops_the_fetch(machine, there, tmp_path):
+def test_a_file_with_an_odd_name_keeps_no_other_there(machine, there, tmp_path):
     put(there, "old-run/a\x1b[2Jb")
-    with pytest.raises(MachineError, match="such a name is not fetched"):
+    put(there, "old-run/2026-11-26T12:30:00.txt")
+    done = fetch(machine, tmp_path / "outputs")
+    assert names(tmp_path / "outputs") == OLD | NEW | {"old-run/2026-11-26T12:30:00.txt"}
+    assert done.odd == ["old-run/a?[2Jb"]
+
+
+def test_a_run_that_goes_on_where_the_clock_is_behind_comes_back(machine, host, tmp_path):
+    """The laptop's files are newer than the machine's present, and all the same older than what it makes of them."""
+    outputs = tmp_path / "project" / "outputs"
+    for name in ("old-run/log.jsonl", "old-run/settings.json"):
+        put(outputs, name, "{}\n", age=-3600)
+    push_models(machine, outputs / "old-run", tmp_path / "project")
+    put(host.home / "sparse_coding" / "outputs", "old-run/log.jsonl", "{}\n{}\n", age=-2)
+    done = fetch(machine, outputs)
+    assert (done.moved.placed, done.kept) == (["old-run/log.jsonl"], [])
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_to_mend(machine, there, tmp_path):
+    (tmp_path / "outputs").write_text("a file")
+    with pytest.raises(UserError, match="outputs cannot be written here") as error:
         fetch(machine, tmp_path / "outputs")
-    assert not (tmp_path / "outputs").exists()
+    assert not isinstance(error.value, MachineError)
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_comes(machine, there, tmp_path, monkeypatch):

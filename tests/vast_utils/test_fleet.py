@@ -16,7 +16,7 @@ from vast_utils.destroy import Unconfirmed
 from vast_utils.fleet import NoMachine
 from vast_utils.ledger import Caps, Ledger
 from vast_utils.offers import Price
-from vast_utils.rental import Lost, Rental
+from vast_utils.rental import Lost, NotRented, Rental
 
 
 @pytest.fixture
@@ -87,20 +87,25 @@ def test_the_ssh_key_is_attached_through_bad_answers(world):
 
 
 def test_strays_of_the_run_are_destroyed_and_nothing_else_is(world):
+    """Nor is a machine that a colleague rented with the same account for a run that has the same name."""
     with dispatcher(world) as fleet:
+        world.fake.fail_next("create", Fault(429, after=True))
         rental, instance = fleet.hire(NEED, furnish, 2.0, content)
+        (refused,) = [record for record in records(world) if record.state == "refused"]
+        assert len(world.market.leases) == 2  # the request that was refused had rented
         others = [
             world.market.create(world.market.hosts[5], {"label": label, "disk": 1})
-            for label in ("", "my notebook", "sparse-coding.other.01", "sparse-coding.toy-2.01")
+            for label in ("", "my notebook", "sparse-coding.other.01", "sparse-coding.toy-2.01", "sparse-coding.toy.01")
         ]
-        stray = world.market.create(world.market.hosts[5], {"label": "sparse-coding.toy.01", "disk": 1})
+        twin = world.market.create(world.market.hosts[5], {"label": rental.record.label, "disk": 1})
         assert list(fleet.look()) == [instance.id]
-        assert stray.id not in world.market.leases
+        assert twin.id not in world.market.leases
+        assert refused.label not in {lease.label for lease in world.market.leases.values()}
         assert all(lease.id in world.market.leases for lease in others)
         fleet.close()
         assert sorted(world.market.leases) == [lease.id for lease in others]
         assert rental.record.state == "ready"  # what the ledger knows is newer than what the caller holds
-        assert records(world)[0].state == "destroyed"
+        assert {record.state for record in records(world)} == {"refused", "destroyed"}
 
 
 def test_a_machine_that_appears_after_a_doubt_is_destroyed_and_paid_for(world):
@@ -182,6 +187,110 @@ def test_close_goes_on_where_one_machine_resists(world):
     assert list(world.market.leases) == [stuck.record.instance]
 
 
+def test_what_is_kept_is_not_ended_and_all_else_is(world):
+    with dispatcher(world) as fleet:
+        kept, other = (fleet.hire(NEED, furnish, 1.0, content)[0] for _ in range(2))
+        other.ban("no matter why")
+        fleet.close([kept.record.label])
+        assert list(world.market.leases) == [kept.record.instance]
+        assert [record.state for record in records(world)] == ["ready", "destroyed"]
+
+
+def full(*_, **__) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("trouble", ["damaged", "full"])
+def test_a_ledger_that_fails_keeps_no_machine_alive(world, monkeypatch, trouble):
+    with dispatcher(world) as fleet:
+        rental, _ = fleet.hire(NEED, furnish, 1.0, content)
+        if trouble == "damaged":
+            (fleet.desk.ledger.folder / f"{rental.record.label[-12:]}.rental.json").write_text("{")
+        else:
+            monkeypatch.setattr("tempfile.mkstemp", full)
+        with pytest.raises(UserError, match=r"rental\.json cannot be (read|written)"):
+            fleet.close()
+    assert not world.market.leases
+
+
+@pytest.mark.parametrize("trouble", ["damaged", "full"])
+def test_reap_ends_machines_whose_ledger_fails(world, monkeypatch, capsys, trouble):
+    with dispatcher(world) as fleet:
+        rental, instance = fleet.hire(NEED, furnish, 1.0, content)
+    if trouble == "damaged":
+        (world.folder / "toy" / f"{rental.record.label[-12:]}.rental.json").write_text("{")
+    else:
+        monkeypatch.setattr("tempfile.mkstemp", full)
+    verb(world, monkeypatch, "--now")
+    assert not world.market.leases
+    out = capsys.readouterr().out
+    assert "json cannot be" in out
+    assert f"machine {instance.id}: destroyed" in out
+
+
+def test_nothing_is_rented_after_the_end_has_begun(world):
+    """Of a worker whose request is on its way when the run ends: it is waited for, and none follows."""
+    asked, answered = threading.Event(), threading.Event()
+    create = world.fake._create
+
+    def slow(*arguments):
+        asked.set()
+        assert answered.wait(10)
+        return create(*arguments)
+
+    with dispatcher(world) as fleet:
+        offers = fleet.desk.account.search({}, 40.0, False)
+        slowly, late = [Rental.intend(fleet.desk, offer, Price(0.45, 0.0, None), 40.0, 0.6) for offer in offers[:2]]
+        world.fake._create = slow
+        worker = threading.Thread(target=slowly.create, args=(CONTAINER,))
+        worker.start()
+        assert asked.wait(10)
+        threading.Timer(0.2, answered.set).start()
+        fleet.close()
+        worker.join()
+        with pytest.raises(NotRented, match="the run is ending"):
+            late.create(CONTAINER)
+    assert world.count("create") == 1
+    assert not world.market.leases
+
+
+def test_two_workers_do_not_take_the_same_offer(world, monkeypatch):
+    with dispatcher(world) as fleet:
+        found = list(fleet._offers(NEED, []))[:2]
+        fleet.hire(NEED, furnish, 1.0, content)
+        monkeypatch.setattr(fleet, "_offers", lambda need, failures: iter(found))  # what another one saw just before
+        rental, _ = fleet.hire(NEED, furnish, 1.0, content)
+        assert rental.record.offer == found[1][0].id
+        assert [record.ban for record in records(world)] == ["", ""]
+
+
+def test_a_machine_left_over_that_resists_keeps_no_other_from_its_work(world):
+    with dispatcher(world) as fleet:
+        good, _ = fleet.hire(NEED, furnish, 1.0, content)
+        stuck, _ = fleet.hire(NEED, furnish, 1.0, content)
+        world.market.leases[stuck.record.instance].fate.destroy_refusals = float("inf")
+        stuck._move("destroying")
+    said = []
+    with dispatcher(world) as fleet:
+        fleet.say = said.append
+        assert [one.record.label for one in fleet.recover()] == [good.record.label]
+        assert "MAY STILL BE RUNNING" in said[-1]
+        with pytest.raises(Unconfirmed):
+            fleet.close()
+    assert list(world.market.leases) == [stuck.record.instance]
+
+
+def test_what_is_written_down_while_a_reaper_looks_is_not_sent(world, monkeypatch):
+    """It ends the run between the check and the writing, and may not see what is written."""
+    with dispatcher(world) as fleet:
+        write = fleet.desk.ledger.write
+        monkeypatch.setattr(fleet.desk.ledger, "write", lambda record: (fleet.desk.ledger.end(), write(record))[1])
+        with pytest.raises(UserError, match="ended by reap"):
+            fleet.hire(NEED, furnish, 1.0, content)
+    assert world.count("create") == 0
+    assert [record.state for record in records(world)] == ["refused"]
+
+
 def test_reap_needs_no_ledger(world):
     leases = [
         world.market.create(world.market.hosts[0], {"label": label, "disk": 1})
@@ -240,15 +349,35 @@ def verb(world, monkeypatch, *words: str) -> None:
     reaping.main(words)
 
 
-def test_the_verb_says_what_it_did(world, monkeypatch, capsys):
+@pytest.mark.parametrize("words", [[], ["--now"]])
+def test_the_verb_says_what_it_did(world, monkeypatch, capsys, words):
+    rescued = []
+    monkeypatch.setattr(reaping, "rescue", lambda ledger, account: rescued.append(ledger.run) or {})
     with dispatcher(world) as fleet:
         _, instance = fleet.hire(NEED, furnish, 1.0, content)
-    verb(world, monkeypatch)
+    verb(world, monkeypatch, *words)
+    assert rescued == ([] if words else ["toy"])
     out = capsys.readouterr().out
     assert f"machine {instance.id}: destroyed" in out
     assert "nothing of ours is left" in out
     with pytest.raises(UserError, match="is named"):
         verb(world, monkeypatch, "--run", "No Run")
+
+
+def test_the_verb_keeps_what_does_not_fit_here_and_ends_the_rest(world, monkeypatch, capsys):
+    with dispatcher(world) as fleet:
+        kept, other = (fleet.hire(NEED, furnish, 1.0, content)[0] for _ in range(2))
+    why = {kept.record.label: "run-0 has results that do not fit here"}
+    monkeypatch.setattr(reaping, "rescue", lambda ledger, account: why)
+    with pytest.raises(SystemExit) as stop:
+        verb(world, monkeypatch)
+    assert stop.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [*why.values(), "reap --now destroys them all the same"]
+    assert captured.out == f"machine {other.record.instance}: destroyed\n"
+    assert list(world.market.leases) == [kept.record.instance]
+    verb(world, monkeypatch, "--now")
+    assert not world.market.leases
 
 
 def test_the_verb_is_loud_and_fails_where_it_cannot_be_sure(world, monkeypatch, capsys):

@@ -160,6 +160,19 @@ def test_one_that_ended_unseen_is_dead_and_can_be_resumed(machine, host, project
     assert (started, again.state, again.attempt) == (True, "running", 2)
 
 
+def test_what_an_earlier_start_left_is_ended_before_the_next(machine, host, project):
+    """Its workers would hold the GPU's memory and write to the same files."""
+    (project / "leaves.py").write_text(
+        "import subprocess\nprint(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True)\n"
+    )
+    job, _ = jobs.start(machine, ["leaves.py"])
+    until(lambda: jobs.status(machine, job.name).state == "done")
+    left = int(log(host, job.name))
+    assert left in host.processes()
+    jobs.start(machine, ["leaves.py"], again=True)
+    assert left not in host.processes()
+
+
 def test_a_machine_that_restarted_shows_its_jobs_as_dead(machine, host, project, identity):
     job, _ = jobs.start(machine, ["count.py"])
     machine.close()
@@ -188,6 +201,11 @@ def test_a_supervisor_that_stands_still_is_wedged_by_the_monotonic_clock(tmp_pat
     for now, quiet, state in ((200, 60, "running"), (215, 60, "wedged"), (215, 90, "running"), (221, 90, "wedged")):
         monkeypatch.setattr(there.time, "monotonic", lambda now=now: float(now))
         assert there.status(str(tmp_path), quiet)["state"] == state
+    monkeypatch.setattr(there, "is_locked", lambda _: False)
+    monkeypatch.setattr(there, "start_ticks", lambda _: None)
+    monkeypatch.setattr(there.time, "monotonic", lambda: 5.0)  # the machine was restarted
+    dead = there.status(str(tmp_path), 60)
+    assert (dead["state"], dead["seconds"]) == ("dead", 60.0)
 
 
 def test_absent_unknown_and_ambiguous_jobs(machine, project):

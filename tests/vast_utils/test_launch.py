@@ -17,7 +17,7 @@ def test_a_dry_run_says_what_would_be_and_rents_nothing(rented):
     rc, out = rented.run("launch", *words, "--", "run.py", "5", "0.1")
     assert rc == 0, out
     assert "$0.400/h on demand: offer 100, the cheapest of 6 that fit" in out
-    assert "at most   $2.5" in out
+    assert "at most   $5.00 in all, also where others replace it, up to $0.833/h; $2.5" in out
     assert "command   run.py 5 0.1" in out
     assert "sends     3 files" in out
     assert "left out  .env" in out
@@ -40,14 +40,15 @@ def test_results_come_here_the_machine_is_gone_and_the_cost_is_said(rented):
 
 
 def test_a_run_whose_machine_dies_goes_on_elsewhere(rented):
-    process = rented.start("launch", *rented.launch_words(), "--", "run.py", "50", "0.1")
+    process = rented.start("launch", *rented.launch_words(), "--", "run.py", "900", "0.1")
     until(lambda: state(rented).get("step", 0) > 5)
     with rented.market.lock:
         (lease,) = rented.market.leases.values()
         rented.market.end(lease)
+    rented.hurry()
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
-    assert json.loads(rented.result()) == {"sum": expected(50)}
+    assert json.loads(rented.result()) == {"sum": expected(900)}
     begun = [int(step) for step in re.findall(r"begins at (\d+)", out)]
     assert len(begun) == 2
     assert begun[1] > 5
@@ -57,25 +58,26 @@ def test_a_run_whose_machine_dies_goes_on_elsewhere(rented):
 
 
 def test_killed_at_every_step_it_is_taken_over_and_reap_brings_home_what_is_left(rented):
-    words = [*rented.launch_words(), "--", "run.py", "30", "0.2"]
+    words = [*rented.launch_words(), "--", "run.py", "900", "0.1"]
     steps = [
         lambda: "create" in rented.fake.calls,
         lambda: any((one.home / ".sparse_coding" / "venv").exists() for one in rented.machines),
         lambda: job_file(rented, "heartbeat.json"),
         lambda: state(rented).get("step", 0) > 3,
-        lambda: job_file(rented, "exit.json"),
     ]
     for step in steps:
         process = rented.start("launch", *words)
         until(step)
         process.kill()
         process.communicate()
+    rented.hurry()
+    until(lambda: job_file(rented, "exit.json"))  # nobody looks
     assert len(rented.market.leases) == 1
     assert rented.result() is None
     rc, out = rented.run("reap")
     assert rc == 0, out
     assert not rented.market.leases
-    assert json.loads(rented.result()) == {"sum": expected(30)}
+    assert json.loads(rented.result()) == {"sum": expected(900)}
     assert rented.fake.calls.count("create") == 3  # what was ready was taken over, not rented again
     rc, out = rented.run("launch", *words)
     assert rc == 2
@@ -83,7 +85,7 @@ def test_killed_at_every_step_it_is_taken_over_and_reap_brings_home_what_is_left
 
 
 def test_ctrl_c_saves_fetches_and_destroys_and_the_same_command_goes_on(rented):
-    words = [*rented.launch_words(), "--", "run.py", "40", "0.1"]
+    words = [*rented.launch_words(), "--", "run.py", "900", "0.1"]
     process = rented.start("launch", *words)
     until(lambda: job_file(rented, "heartbeat.json") and saved(rented) > 2)
     process.send_signal(signal.SIGINT)
@@ -93,13 +95,29 @@ def test_ctrl_c_saves_fetches_and_destroys_and_the_same_command_goes_on(rented):
     assert not rented.market.leases
     stopped_at = state(rented)["step"]
     assert stopped_at > 2
+    rented.hurry()
     for path in (rented.project / "outputs" / "toy").glob("*.json"):
         os.utime(path, (time.time() + 3600,) * 2)  # the first machine's clock was an hour ahead
     rc, out = rented.run("launch", *words)
     assert rc == 0, out
     assert f"begins at {stopped_at}" in out
-    assert state(rented)["step"] == 40
-    assert json.loads(rented.result()) == {"sum": expected(40)}
+    assert state(rented)["step"] == 900
+    assert json.loads(rented.result()) == {"sum": expected(900)}
+
+
+def test_reap_beside_a_dispatcher_has_it_save_and_fetch_although_its_terminal_was_closed(rented):
+    process = rented.start("launch", *rented.launch_words(), "--", "run.py", "5000", "0.05")
+    until(lambda: job_file(rented, "heartbeat.json") and saved(rented) > 2)
+    assert process.stdout
+    process.stdout.close()  # from here on whatever it prints fails
+    process.stdout = None
+    rc, out = rented.run("reap")
+    assert rc == 0, out
+    assert f"(process {process.pid}) to stop" in out
+    assert "nothing of ours is left" in out
+    process.wait(60)
+    assert state(rented)["step"] == saved(rented)  # what it made last is here
+    assert not rented.market.leases
 
 
 def test_left_alone_it_is_seen_fetched_and_stopped_from_anywhere(rented):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import re
 import signal
 import threading
 import time
@@ -10,13 +13,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_coding.errors import UserError
+from sparse_coding.errors import Interrupted, UserError
+from tests.vast_utils.test_ledger import RECORD
 from vast_utils.__main__ import main
 from vast_utils.clock import SafeClock
 from vast_utils.launch import run_name
-from vast_utils.ledger import Ledger
-from vast_utils.session import printable, with_bucket
+from vast_utils.ledger import Caps, Ledger
+from vast_utils.said import printable
+from vast_utils.session import say_line, with_bucket
 from vast_utils.signals import HaltingClock, Stopped, stopping
+from vast_utils.sweep import Board
 from vast_utils.tasks import Queue, Task, read_tasks
 
 LAUNCH = ["launch", "--max-cost", "5", "--max-hours", "6"]
@@ -148,7 +154,15 @@ def test_tasks_keep_what_they_have_reached(tmp_path):
         Queue(Ledger("toy", tmp_path), [Task("a", ("run.py", "other"))])
 
 
-def test_a_signal_is_an_exception_until_machines_are_being_destroyed():
+@pytest.fixture
+def hears_the_terminal():
+    """As if these tests were not run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_an_exception_until_machines_are_being_destroyed(hears_the_terminal):
     said: list[str] = []
     with stopping(said.append) as ear:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -160,6 +174,81 @@ def test_a_signal_is_an_exception_until_machines_are_being_destroyed():
     assert "please wait" in said[0]
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_before_anything_is_rented_is_said_in_a_line():
+    with pytest.raises(Interrupted, match="nothing was rented"), stopping():
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_in_the_middle_of_a_line_does_not_end_the_end():
+    def in_a_line(line: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+
+    with stopping(in_a_line) as ear:
+        ear.deaf = True
+        signal.raise_signal(signal.SIGINT)
+
+
+class Terminal(io.StringIO):
+    """A terminal that may be closed."""
+
+    gone = False
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(5, "Input/output error")
+        return super().write(text)
+
+
+def on_a_terminal(monkeypatch) -> Terminal:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr("rich._console", None)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    return terminal
+
+
+def test_a_closed_terminal_ends_no_run(monkeypatch, tmp_path):
+    terminal = on_a_terminal(monkeypatch)
+    with Board(Ledger("toy", tmp_path)) as board:
+        terminal.gone = True
+        board.say("what happened")
+    say_line("what happened")
+
+
+def test_the_table_of_a_sweep_on_a_terminal(monkeypatch, tmp_path):
+    terminal = on_a_terminal(monkeypatch)
+    with Ledger("toy", tmp_path).held() as ledger:
+        ledger.begin(Caps(0.5, 3.0, 6.0), 1000.0)
+        queue = Queue(ledger, [Task("a", ("run.py",), about="--l1 1"), Task("b", ("run.py", "b"), about="--l1 3")])
+        queue.begin(())
+        record = dataclasses.replace(RECORD, state="ready", instance=4711, hourly=0.6)
+        ledger.write(record)
+        with Board(ledger) as board:
+            first = queue.take()
+            assert first is not None
+            queue.place(first, record.label)
+            board.say("a: started on machine 4711 [not markup]")
+    shown = terminal.getvalue()
+    assert "a: started on machine 4711 [not markup]" in shown
+    table = shown[shown.rindex("toy: 0 of 2 done") :]
+    assert re.search(r"--l1 1\s+running\s+4711\s+0\.600", table)
+    assert re.search(r"--l1 3\s+waiting", table)
 
 
 def test_the_threads_of_a_dispatcher_are_stopped_in_their_waits():

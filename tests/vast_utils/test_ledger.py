@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -40,6 +43,13 @@ def test_only_who_holds_it_writes(tmp_path):
             pass
         with Ledger("other", tmp_path).held():
             pass
+        assert ledger.holder() == os.getpid()
+    assert ledger.holder() is None
+    with (tmp_path / "toy" / "lock").open() as asks:  # whoever asks whether it is busy
+        fcntl.flock(asks, fcntl.LOCK_EX)
+        threading.Timer(0.1, lambda: fcntl.flock(asks, fcntl.LOCK_UN)).start()
+        with Ledger("toy", tmp_path).held():
+            pass
     assert not ledger.busy
     with Ledger("toy", tmp_path).held():
         pass
@@ -70,19 +80,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("os.fsync", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(UserError, match=r"00ff\.rental\.json cannot be written \(No space"):
             ledger.change(RECORD, state="rented")
         monkeypatch.undo()
         assert ledger.records() == [RECORD]
         assert not list((tmp_path / "toy").glob("*.part"))
 
 
-def test_a_restart_keeps_the_caps_and_the_start(tmp_path):
+def test_a_restart_keeps_the_start_and_may_raise_the_caps(tmp_path):
     with Ledger("toy", tmp_path).held() as ledger:
         assert ledger.begin(CAPS, 1000.0) == (CAPS, 1000.0)
         assert ledger.begin(CAPS, 9000.0) == (CAPS, 1000.0)
-        with pytest.raises(UserError, match="max_cost 3"):
-            ledger.begin(dataclasses.replace(CAPS, max_cost=30.0), 9000.0)
+        for name, value in (("max_cost", 2.9), ("max_hours", 5.0)):
+            with pytest.raises(UserError, match=f"begun with --{name.replace('_', '-')} [36], not"):
+                ledger.begin(dataclasses.replace(CAPS, **{name: value}), 9000.0)
+        more = Caps(0.4, 30.0, 7.0)
+        assert ledger.begin(more, 9000.0) == (more, 1000.0)
+        assert Ledger("toy", tmp_path).begun() == (more, 1000.0)
         ledger.end()
         with pytest.raises(UserError, match="ended by reap"):
             ledger.begin(CAPS, 9000.0)
@@ -126,9 +140,13 @@ def test_where_ledgers_lie(tmp_path, monkeypatch):
 def test_a_damaged_file_is_named(tmp_path):
     with Ledger("toy", tmp_path).held() as ledger:
         ledger.write(RECORD)
-        (tmp_path / "toy" / "00ff.rental.json").write_text("{")
-        with pytest.raises(UserError, match=r"00ff\.rental\.json"):
-            ledger.records()
+        for damaged in ("{", "[]", '{"label": "x"}'):
+            (tmp_path / "toy" / "00ff.rental.json").write_text(damaged)
+            with pytest.raises(UserError, match=r"00ff\.rental\.json.*`reap` ends"):
+                ledger.records()
+        (tmp_path / "toy" / "run.json").write_text('{"caps": {}}')
+        with pytest.raises(UserError, match=r"run\.json"):
+            ledger.begun()
 
 
 def test_fields_of_a_later_version_are_passed_over(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 
 from sparse_coding.errors import UserError
 from vast_utils import job as jobs
-from vast_utils.logs import lines
+from vast_utils.logs import LONGEST, lines, read
+from vast_utils.said import printable
 from vast_utils.ssh import Refused, Unreachable
 
 NUMBERS = """
@@ -69,6 +70,20 @@ def test_a_machine_that_stays_away_is_given_up(machine, host, project):
     host.stop()
     with pytest.raises((Refused, Unreachable)):
         next(following)
+
+
+def test_a_line_that_never_ends_comes_in_pieces(machine, project):
+    """A progress bar of hours: the whole of it must neither be held nor read again at each look."""
+    bar = "".join(f"\r{i:9d} rows" for i in range(20_000))
+    (project / "numbers.py").write_text(f"print({bar!r}, end='', flush=True)\n")
+    job, _ = jobs.start(machine, ["numbers.py"])
+    pieces = list(lines(machine, job.name, follow=True))
+    assert max(map(len, pieces)) <= LONGEST
+    assert "\r".join(pieces) == bar
+    kept = read(machine, job.name, 0)
+    assert len(kept) == len(bar)
+    assert [len(line) < LONGEST for line in kept.split(b"\n")] == [True] * 5
+    assert [printable(line.decode()) for line in kept.split(b"\n")][-1] == "    19999 rows"
 
 
 def test_there_is_no_such_job(machine):

@@ -13,9 +13,9 @@ import pytest
 
 from sparse_coding.errors import UserError
 from vast_utils.__main__ import main
-from vast_utils.machine_verbs import VERBS
 from vast_utils.ssh import AuthFailed
 
+VERBS = ("push", "setup", "start", "resume", "status", "logs", "fetch", "stop")
 ROOT = Path(__file__).parents[2]
 RUN = """
 import pathlib, signal, sys, time
@@ -103,6 +103,25 @@ def test_secrets_go_to_the_job_and_are_not_shown(where, capsys, monkeypatch):
     assert capsys.readouterr().out.endswith("key [WANDB_API_KEY] also along\n")
 
 
+def test_a_log_steers_no_terminal_and_a_failure_is_told(where, capsys):
+    Path("run.py").write_text("import sys\nprint('\\x1b[2J\\x1b]0;mine\\x07 0%\\r 50%\\r100% \\x9b1m')\nsys.exit(3)")
+    main(["push", *where])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["start", *where, "--name", "bad", "--follow", "--", "run.py"])
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[1:] == ["100% ?1m"]
+    assert "bad: ended with exit code 3" in shown.err
+    assert ended.value.code == 1
+
+
+def test_a_folder_with_nothing_to_send_is_a_mistake(where):
+    Path("my-gpt").mkdir()
+    Path("my-gpt/.hidden").write_text("{}")
+    with pytest.raises(UserError, match="my-gpt has no file to send"):
+        main(["push", *where, "--models", "my-gpt"])
+
+
 def test_setup_says_what_it_finds(where, capsys):
     main(["push", *where])
     with pytest.raises(UserError, match=r"no Python 3\.10 or newer at /nowhere"):
@@ -116,6 +135,8 @@ def test_setup_says_what_it_finds(where, capsys):
         (["push"], "--ssh"),
         (["push", "--ssh", "no port:x"], "must be user@host:port"),
         (["push", "--ssh", "me@127.0.0.1:1", "--identity", "/no/such/key"], "no such file"),
+        (["status", "--ssh", "me@127.0.0.1:1", "--known-hosts", "/dev/null/pin"], "cannot be written"),
+        (["stop", "--ssh", "me@127.0.0.1:1", "--grace", "-1"], "0 or more seconds"),
         (["fetch", "--ssh", "me@127.0.0.1:1", "run", "--latest"], "give one of them"),
         (["start", "--ssh", "me@127.0.0.1:1"], "no command"),
         (["start", "--ssh", "me@127.0.0.1:1", "--env", "A=b", "--", "run.py"], "give the name alone"),
@@ -152,7 +173,7 @@ def test_help_lists_every_verb_and_each_explains_itself(capsys):
     assert all(f"  {verb} " in shown for verb in VERBS)
     for verb in VERBS:
         with pytest.raises(SystemExit):
-            main([verb, "--help"])
+            main([verb, "--ssh", "me@there", "--help"])
         assert "--ssh" in capsys.readouterr().out
 
 

@@ -87,6 +87,9 @@ def test_a_manifest_that_the_machine_made_up_deletes_nothing_outside(machine, ho
 
 SECRETS = {
     ".env": "A=1",
+    "prod.env": "A=1",
+    "id_rsa_work": "x",
+    "kaggle.json": "{}",
     "conf/.env.local": "A=1",
     "id_ed25519": "x",
     "id_rsa.pub": "x",
@@ -102,6 +105,7 @@ SECRETS = {
 }
 HARMLESS = {
     "monkey.py": "",
+    "environment.yml": "",
     "keyboard.txt": "",
     "tokenizer.json": "",
     "special_tokens_map.json": "",
@@ -136,8 +140,19 @@ def test_links_are_left_out(project, tmp_path):
 
 
 def test_a_folder_without_git_says_so(tmp_path):
-    with pytest.raises(UserError, match="no git repository"):
+    with pytest.raises(UserError, match=r"not a git repository.*git init"):
         project_files(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        project_files(tmp_path / "nowhere")
+
+
+def test_folders_may_be_given_by_a_link(machine, host, project, tmp_path):
+    models = write(tmp_path / "large disk" / "gpt", {"config.json": "{}"})
+    (tmp_path / "here").symlink_to(models)
+    (tmp_path / "there").symlink_to(project)
+    assert set(project_files(tmp_path / "there").names) == EXPECTED
+    moved, place = push_models(machine, tmp_path / "here", project)
+    assert (place, moved.placed) == ("models/gpt", ["config.json"])
 
 
 def test_models_go_to_their_place_below_the_project_or_to_models(machine, host, project, tmp_path):

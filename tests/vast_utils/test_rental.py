@@ -12,7 +12,7 @@ from vast_utils.budget import OverBudget
 from vast_utils.destroy import Unconfirmed
 from vast_utils.ledger import Caps, Ledger
 from vast_utils.offers import Need, price
-from vast_utils.rental import Lost, NotRented, Rental
+from vast_utils.rental import Desk, Lost, NotRented, Rental
 from vast_utils.rows import Instance
 
 
@@ -178,6 +178,24 @@ def test_a_price_read_back_slightly_higher_is_what_counts(world, fleet):
     assert rental.useful_until == before
     world.clock.sleep(rental.useful_until - world.clock.now())
     assert world.market.spent < fleet.desk.budget.spent() < rental.record.reserved
+
+
+def test_what_is_fetched_beyond_what_was_reckoned_is_paid_out_of_what_is_set_aside(world, fleet):
+    offer = fleet.desk.account.search({}, 40.0, False)[0]  # $0.004 per GB up
+    cost = price(offer, NEED)
+    assert cost is not None
+    rental = Rental.intend(fleet.desk, offer, cost, 40.0, 2.0, NEED.up)
+    rental.create(CONTAINER)
+    before, reserved, spent = rental.useful_until, rental.record.reserved, fleet.desk.budget.spent()
+    rental.came(1.5)
+    assert rental.useful_until == before
+    rental.came(100.5)
+    assert fleet.desk.budget.spent() == pytest.approx(spent + 0.4)
+    assert rental.useful_until == pytest.approx(before - 3600 * 0.4 / rental.record.dearest)
+    assert rental.record.reserved == reserved
+    desk = Desk(fleet.desk.account, Ledger("toy", world.folder), fleet.desk.budget, world.clock)
+    Rental(desk, rental.record).came(100.0)  # `fetch` beside a dispatcher writes nothing
+    assert Ledger("toy", world.folder).records() == [rental.record]
 
 
 def test_a_machine_let_by_bid_though_meant_on_demand_is_lost(world, fleet):

@@ -18,11 +18,12 @@ def test_what_goes_along():
     environ = {
         **VALUES,
         "AWS_REGION": "eu-west-1",
+        "AWS_SKIP_SIGNATURE": "true",
         "VAST_API_KEY": "v" * 64,
         "HOME": "/home/me",
         "AWS_SESSION_TOKEN": "",
     }
-    names = {"WANDB_API_KEY", "HF_TOKEN", "AWS_REGION"}
+    names = {"WANDB_API_KEY", "HF_TOKEN", "AWS_REGION", "AWS_SKIP_SIGNATURE"}
     assert set(collect(environ)) == names
     assert set(collect(environ, ["MY_OWN"])) == names | {"MY_OWN"}
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pip
@@ -39,6 +42,15 @@ def make_image(folder: Path, cuda: bool = False, torch: bool = True) -> str:
     else:
         (packages / "torch.py").write_text("raise ImportError('no torch in this image')")
     return str(folder / "bin" / "python")
+
+
+@pytest.fixture
+def pushed(host) -> Path:
+    """A project that needs nothing."""
+    folder = host.home / "sparse_coding"
+    folder.mkdir()
+    (folder / "requirements.txt").touch()
+    return folder
 
 
 def needs(python: str, **other) -> Needs:
@@ -131,7 +143,7 @@ def fake_nvidia_smi(host, script: str) -> None:
     wrapper.write_text(wrapper.read_text().replace("PATH='", f"PATH='{place}:"))
 
 
-def test_gpus_are_those_that_nvidia_smi_names(machine, host, image):
+def test_gpus_are_those_that_nvidia_smi_names(machine, host, image, pushed):
     fake_nvidia_smi(host, "echo 'NVIDIA GeForce RTX 4090, 24564 MiB, 550.54'")
     assert check(machine, needs(image, gpu=True))["gpus"] == ["NVIDIA GeForce RTX 4090, 24564 MiB, 550.54"]
     fake_nvidia_smi(host, "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
@@ -148,8 +160,24 @@ def test_the_download_is_measured_and_must_be_fast_enough(machine, tmp_path):
         measure(machine, Needs(download_url=url, download_mbps=1e12))
     with pytest.raises(Unfit, match=r"cannot download .*No such file"):
         measure(machine, Needs(download_url=url + "-not"))
+    with pytest.raises(Unfit, match=r"cannot download gpt2: unknown url type"):
+        measure(machine, Needs(download_url="gpt2"))
 
 
 def test_setup_needs_a_pushed_project(machine, image):
-    with pytest.raises(Unfit, match=r"requirements\.txt"):
+    with pytest.raises(Unfit, match=r"no requirements\.txt in ~/sparse_coding: push the project first"):
         setup(machine, needs(image), pip_flags=OFFLINE)
+
+
+def test_a_second_setup_waits_for_one_that_is_still_at_work(machine, host, pushed, image):
+    """As when the connection of the first broke: two pips in one environment would spoil it."""
+    base = host.home / ".sparse_coding"
+    base.mkdir()
+    with (base / "installing").open("w") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = pool.submit(setup, machine, needs(image), say=lambda _: None, pip_flags=OFFLINE)
+        time.sleep(2.0)
+        assert not second.done()
+        assert not (base / "venv").exists()
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert second.result().installed

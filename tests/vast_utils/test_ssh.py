@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import getpass
 import json
+import shlex
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,9 @@ import pytest
 
 from sparse_coding.errors import UserError
 from tests.vast_utils.loopback_machine import LoopbackMachine, make_key
+from vast_utils import job
 from vast_utils.on_machine import exchange
+from vast_utils.setup import Needs, check
 from vast_utils.ssh import (
     AuthFailed,
     CommandFailed,
@@ -22,7 +26,7 @@ from vast_utils.ssh import (
     Unreachable,
     parse_address,
 )
-from vast_utils.transfer import pull
+from vast_utils.transfer import pull, remote_files
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,11 @@ def says(host: LoopbackMachine, script: str) -> None:
     (host.folder / "command.sh").write_text(f"#!/bin/sh\n{script}\n")
 
 
+def answers(host: LoopbackMachine, value: object) -> None:
+    """The machine answers every request with this."""
+    says(host, f"cat >/dev/null; printf '%s\\n' {shlex.quote(json.dumps(value))}")
+
+
 def test_what_is_no_answer_is_an_error_that_steers_no_terminal(machine, host):
     says(host, "printf '\\033[2Jhello'")
     with pytest.raises(MachineError, match=r"do not understand: '\?\[2Jhello'"):
@@ -79,6 +88,41 @@ def test_what_is_no_answer_is_an_error_that_steers_no_terminal(machine, host):
     says(host, "printf '\\033[2Jbad' >&2; exit 1")
     with pytest.raises(CommandFailed, match=r"exited 1: \?\[2Jbad"):
         machine.run(["true"])
+
+
+SHAPES = [
+    {},
+    {"jobs": 5, "files": 5, "odd": []},
+    {"jobs": [], "files": {"a": 5}, "odd": []},
+    {"jobs": [{"name": 1, "state": "running"}], "files": {"a": [1]}, "odd": []},
+    {"jobs": [{"name": "x", "state": "fine"}], "files": {"../a": [1, 1]}, "odd": []},
+    {"jobs": [{"name": "x", "state": "done", "log_bytes": "1"}], "files": {"a": [1, 2**70]}, "odd": []},
+]
+
+
+def test_an_answer_of_another_shape_is_the_machines_failure(machine, host):
+    for shape in SHAPES:
+        answers(host, {"free": 10**12, "gpus": ["x"], **shape})
+        with pytest.raises(MachineError, match="do not understand"):
+            job.status(machine, "x")
+        with pytest.raises(MachineError, match="do not understand"):
+            remote_files(machine, "~")
+    with pytest.raises(MachineError, match="do not understand"):
+        check(machine, Needs())
+
+
+def test_words_of_an_answer_steer_no_terminal(machine, host):
+    answers(host, {"jobs": [{"name": "x\x1b[2J", "state": "running", "argv": ["\x9b1m", "new\nline"]}]})
+    assert str(job.all_jobs(machine)[0]) == "x?[2J: running (?1m new\nline, start 0)"
+
+
+def test_a_machine_that_never_stops_talking_is_cut(machine, host, monkeypatch):
+    monkeypatch.setattr("vast_utils.said.ANSWER_BYTES", 1_000_000)
+    monkeypatch.setattr("vast_utils.ssh.ANSWER_BYTES", 1_000_000)
+    for stream in (1, 2):
+        says(host, f"exec yes >&{stream}")
+        with pytest.raises(MachineError, match="says more than we asked for"):
+            machine.run(["true"], timeout=50)
 
 
 def test_a_machine_that_sends_what_was_not_asked_for_is_not_asked_again(machine, host, tmp_path):
@@ -98,11 +142,23 @@ def test_the_key_of_the_first_contact_is_required_ever_after(machine, host, iden
     for name in ("host_key", "host_key.pub"):
         (host.folder / name).unlink()
     host.start([identity[1]])
-    with pytest.raises(HostKeyChanged, match="not the one of the first contact"):
+    with pytest.raises(HostKeyChanged, match="not the one of the first contact") as error:
         machine.run(["true"])
     with pytest.raises(HostKeyChanged):
         machine.ready(5)
     assert machine.known_hosts.read_text() == first
+    mend = str(error.value).rpartition("if that is right: ")[2]
+    subprocess.run(shlex.split(mend), check=True, capture_output=True)
+    machine.run(["true"])  # as the message said
+    assert machine.known_hosts.read_text() != first
+
+
+def test_the_key_is_kept_whatever_the_path(machine, tmp_path):
+    """In ssh's options %h is the host: the key was kept elsewhere, and any other taken the next time."""
+    odd = replace(machine, known_hosts=tmp_path / "100%h of it" / "pin")
+    odd.run(["true"])
+    assert "ssh-ed25519" in odd.known_hosts.read_text()
+    odd.close()
 
 
 def test_another_pin_at_the_same_address_does_not_get_the_open_connection(machine, tmp_path):
@@ -126,7 +182,9 @@ def test_a_second_command_uses_the_first_ones_connection(machine, host):
 def test_the_failures_are_told_apart(machine, host, tmp_path, identity):
     stranger = tmp_path / "stranger"
     make_key(stranger)
-    with pytest.raises(AuthFailed, match="Permission denied"):
+    with pytest.raises(
+        AuthFailed, match=r"Permission denied \(publickey\)\. Tried: .*/stranger; one with a passphrase"
+    ):
         replace(machine, identity=stranger).run(["true"])
     host.stop()
     with pytest.raises(Refused, match="Connection refused"):

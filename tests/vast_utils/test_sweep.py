@@ -112,10 +112,13 @@ def test_the_results_of_all_say_whose_they_are(tmp_path):
     assert "| [--l1 1](one/report.html) | done | 1.5 | 2 | 0.25 to 0.5 | 3 |" in report
     assert "| x / y | done | 0.0 | 1 |  |  |" in report
     assert "| --l1 3 | failed: exit code 2: no such model |" in report
+    (tmp_path / "x-run" / "results.jsonl").write_text('{"fvu": 1}\n{"fvu"')
+    with pytest.raises(UserError, match=r"x-run.results\.jsonl, line 2: '{\"fvu\"' is no JSON object"):
+        merge(tmp_path, "toy", here, 1.234)
 
 
 LOG = ".sparse_coding/jobs/*/log"
-SWEEP = "command: run.py 40 0.2\nruns: ['--seed 1', '--seed 2', '--break 2']\n"
+SWEEP = "command: run.py 900 0.1\nruns: ['--seed 1', '--seed 2', '--break 2']\n"
 
 
 def test_commands_on_two_machines_their_results_in_one_file_and_a_stop_in_between(rented):
@@ -133,6 +136,7 @@ def test_commands_on_two_machines_their_results_in_one_file_and_a_stop_in_betwee
     out, _ = process.communicate(timeout=180)
     assert process.returncode == 130, out
     assert not rented.market.leases
+    rented.hurry()
     rc, out = rented.run("sweep", *words, timeout=240)
     assert rc == 1, out  # one command is wrong
     assert not rented.market.leases
@@ -140,7 +144,7 @@ def test_commands_on_two_machines_their_results_in_one_file_and_a_stop_in_betwee
     folder = rented.project / "outputs" / "toy"
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert [line["run"][:6] for line in lines] == ["seed-1", "seed-2"]
-    assert {line["sum"] for line in lines} == {expected(40)}
+    assert {line["sum"] for line in lines} == {expected(900)}
     assert "2 of 3 commands done" in (folder / "report.md").read_text()
     assert "failed: exit code 2" in out
     begun = (rented.folder / "state" / "toy").glob("seed-*.log")

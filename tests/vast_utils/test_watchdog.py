@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from sparse_coding.errors import UserError
-from vast_utils.watchdog import LONGEST, SCRIPT, onstart
+from vast_utils.watchdog import GUARDED, LONGEST, SCRIPT, onstart
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the machine's side needs Linux")
 KEY = "instance-key-" + "7" * 20
+PAUSE = "0.2"
 
 
 class Api:
@@ -44,7 +45,7 @@ class Api:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
 
 @pytest.fixture
@@ -55,25 +56,43 @@ def api() -> Iterator[Api]:
     api.server.server_close()
 
 
+class Dog:
+    """Starts watchdogs whose home is one folder, which look five times a second."""
+
+    def __init__(self, home: Path, url: str) -> None:
+        self.home, self.url = home, url
+        self.base = home / ".sparse_coding"
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.base.mkdir(parents=True)
+
+    def __call__(
+        self,
+        limit: int = 1000,
+        stale: int = 1000,
+        path: str = os.environ["PATH"],
+        shell: str = "sh",
+        key: str = KEY,
+        through: tuple[str, ...] = (),
+    ) -> Path:
+        """Its state folder. through: a script that ends with starting it."""
+        environment = {"HOME": str(self.home), "PATH": path, "WATCHDOG_PAUSE": PAUSE}
+        environment |= {"CONTAINER_ID": "4711", "CONTAINER_API_KEY": key}
+        argv = [shutil.which(shell) or shell, *through, str(SCRIPT), str(limit), str(stale), self.url]
+        self.started.append(subprocess.Popen(argv, env=environment, start_new_session=True))
+        return self.base
+
+    def stop(self) -> None:
+        for process in self.started:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+            process.wait()
+
+
 @pytest.fixture
-def dog(tmp_path: Path, api: Api) -> Iterator[Callable[..., Path]]:
-    """Starts a watchdog whose home is `tmp_path/home`, a look every second; its state folder."""
-    started: list[subprocess.Popen[bytes]] = []
-    home = tmp_path / "home"
-    (home / ".sparse_coding").mkdir(parents=True)
-
-    def start(limit: int = 1000, stale: int = 1000, path: str = os.environ["PATH"], shell: str = "sh") -> Path:
-        environment = {"HOME": str(home), "PATH": path, "WATCHDOG_PAUSE": "1"}
-        environment |= {"CONTAINER_ID": "4711", "CONTAINER_API_KEY": KEY}
-        argv = [shutil.which(shell) or shell, str(SCRIPT), str(limit), str(stale), api.url]
-        started.append(subprocess.Popen(argv, env=environment, start_new_session=True))
-        return home / ".sparse_coding"
-
-    yield start
-    for process in started:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.wait()
+def dog(tmp_path: Path, api: Api) -> Iterator[Dog]:
+    dog = Dog(tmp_path / "home", api.url)
+    yield dog
+    dog.stop()
 
 
 def until(what: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -119,7 +138,7 @@ def test_an_api_that_is_away_is_asked_again(dog, api, tmp_path):
 
 def test_once_all_is_fetched_it_destroys_at_once(dog, api):
     base = dog()
-    time.sleep(1.5)
+    until(lambda: (base / "watchdog.used").exists())
     assert api.calls == []
     (base / "released").touch()
     until(lambda: len(api.calls) >= 1)
@@ -127,10 +146,10 @@ def test_once_all_is_fetched_it_destroys_at_once(dog, api):
 
 
 def test_a_machine_that_was_never_used_and_is_forgotten_is_destroyed(dog, api):
-    base = dog(stale=4)
-    for number in range(10):  # somebody is in touch
+    base = dog(stale=2)
+    for number in range(12):  # somebody is in touch
         (base / "contact").write_text(str(number))
-        time.sleep(0.5)
+        time.sleep(0.25)
     assert api.calls == []
     until(lambda: len(api.calls) >= 1)
     assert "nobody is in touch" in said(base)
@@ -138,12 +157,12 @@ def test_a_machine_that_was_never_used_and_is_forgotten_is_destroyed(dog, api):
 
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_job_or_its_results_keep_the_machine_until_the_limit(dog, api, ended):
-    base = dog(stale=1, limit=4)
+    base = dog(stale=1, limit=3)
     job = base / "jobs" / "run"
     job.mkdir(parents=True)
     if ended:
         (job / "exit.json").write_text('{"rc": 0}')
-    until(lambda: (base / "watchdog.used").exists() and int((base / "watchdog.used").read_text()) >= 3)
+    until(lambda: (base / "watchdog.used").exists() and int((base / "watchdog.used").read_text().split()[0]) >= 2)
     assert api.calls == []
     until(lambda: len(api.calls) >= 1)
     assert "its time is up" in said(base)
@@ -153,14 +172,60 @@ def test_a_restart_does_not_start_the_time_anew_and_two_do_not_run(dog, api):
     base = dog(limit=1000)
     until(lambda: (base / "watchdog.used").exists())
     first = (base / "watchdog.pid").read_text()
+    assert dog.started[0].poll() is None
     dog(limit=1)
-    time.sleep(2.5)
+    assert dog.started[1].wait(10) == 0
     assert (base / "watchdog.pid").read_text() == first
     assert api.calls == []
-    os.killpg(int(first), 9)
+    os.killpg(int(first.split()[0]), 9)
     (base / "watchdog.used").write_text("999\n")
     dog(limit=1000)
     until(lambda: len(api.calls) >= 1)
+
+
+@pytest.mark.parametrize("whose", ["its own", "another's"])
+def test_after_a_restart_a_number_that_is_in_use_again_does_not_keep_it_from_its_work(dog, api, tmp_path, whose):
+    """Numbers of processes begin anew in a container: its own may be that of the watchdog before it."""
+    script = tmp_path / "watchdog.sh"
+    if whose == "its own":
+        script.write_text('echo "$$ 1" >"$HOME/.sparse_coding/watchdog.pid"; exec sh "$@"\n')
+        dog(limit=1, through=(str(script),))
+    else:
+        script.write_text("sleep 60; true\n")
+        dog.started.append(subprocess.Popen(["sh", str(script)], start_new_session=True))
+        (dog.base / "watchdog.pid").write_text(f"{dog.started[0].pid} 1\n")
+        dog(limit=1)
+    until(lambda: len(api.calls) >= 1)
+
+
+def test_time_for_which_the_machine_was_stopped_counts(dog, api):
+    """It was outbid for a while: the time of what it runs on went on."""
+    up = int(float(Path("/proc/uptime").read_text().split()[0]))
+    (dog.base / "watchdog.used").write_text(f"10 {up - 800}\n")
+    base = dog(limit=800)
+    until(lambda: len(api.calls) >= 1)
+    assert "its time is up" in said(base)
+
+
+def guarded(tmp_path: Path) -> tuple[int, str]:
+    """What a dispatcher asks over ssh."""
+    done = subprocess.run(
+        ["sh", "-c", GUARDED], env={**os.environ, "HOME": str(tmp_path / "home")}, capture_output=True
+    )
+    return done.returncode, done.stdout.decode()
+
+
+def test_whether_it_can_destroy_is_known_beforehand(dog, tmp_path):
+    assert guarded(tmp_path)[0] != 0
+    base = dog()
+    until(lambda: (base / "watchdog.used").exists())
+    assert guarded(tmp_path) == (0, "")
+    dog.stop()
+    assert guarded(tmp_path)[0] != 0
+    (base / "watchdog.used").unlink()
+    dog(key="")
+    until(lambda: (base / "watchdog.used").exists())
+    assert guarded(tmp_path) == (1, "no CONTAINER_API_KEY in its environment")
 
 
 def test_the_time_is_not_that_of_the_wall_clock(dog, api, tmp_path):
@@ -188,10 +253,18 @@ def test_without_curl_it_uses_python(dog, api, tmp_path):
     assert "500" in said(base)
 
 
+def test_where_curl_does_not_work_python_is_tried(dog, api, tmp_path):
+    (tmp_path / "curl").write_text("#!/bin/sh\necho 'HTTP 000curl: (77) no certificates'; exit 77\n")
+    (tmp_path / "curl").chmod(0o755)
+    base = dog(limit=1, path=f"{tmp_path}:{os.environ['PATH']}")
+    until(lambda: len(api.calls) >= 1)
+    until(lambda: "no certificates" in said(base))
+
+
 def test_the_key_reaches_no_command_line_and_no_file(dog, api):
     api.answers = [500] * 20
     base = dog(limit=1)
-    end, seen = time.monotonic() + 3, 0
+    end, seen = time.monotonic() + 2, 0
     while time.monotonic() < end:
         for pid in Path("/proc").glob("[0-9]*"):
             try:
@@ -218,12 +291,12 @@ def test_any_posix_shell_will_do(dog, api, shell, tmp_path):
 def test_onstart_places_and_starts_it_detached(api, tmp_path):
     command = onstart(2, 50, api.url + "/")
     assert len(command) < LONGEST
-    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "WATCHDOG_PAUSE": "1"}
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "WATCHDOG_PAUSE": PAUSE}
     environment |= {"CONTAINER_ID": "4711", "CONTAINER_API_KEY": KEY}
     subprocess.run(["sh", "-c", command], env=environment, check=True, timeout=10)
     try:
         until(lambda: len(api.calls) >= 1)
     finally:
-        os.killpg(int((tmp_path / ".sparse_coding" / "watchdog.pid").read_text()), 9)
+        os.killpg(int((tmp_path / ".sparse_coding" / "watchdog.pid").read_text().split()[0]), 9)
     with pytest.raises(UserError, match="time limit"):
         onstart(0)

@@ -7,6 +7,7 @@ connection leaves in `.incoming` is the beginning of that very file, and is cont
 Standard library and Python 3.8 only. The other end may be hostile: names are checked, links never followed.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -20,7 +21,7 @@ import time
 INCOMING = ".incoming"
 LOST = "the connection was lost"
 BLOCK = 1 << 18
-HELD = 500
+HELD = 100
 """Files held open at once."""
 UNFINISHED = re.compile(r".+\.[A-Za-z0-9]+\.[a-z0-9_]{8}")
 
@@ -30,15 +31,20 @@ class Broken(Exception):
 
 
 def is_safe(name):
-    """Whether a name stays below the folder it is for, whatever system reads it."""
+    """Whether a name stays below the folder it is for, and can be printed."""
     parts = name.split("/")
     return (
-        0 < len(name) < 1024
+        len(name) < 1024
         and name.isprintable()
-        and not any(part in ("", ".", "..") for part in parts)
-        and not any(sign in name for sign in '\\:*?"<>|')
+        and "\\" not in name
+        and not any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
         and parts[0] != INCOMING
     )
+
+
+def is_version(size, mtime_ns):
+    """Whether these can be a file's size and date."""
+    return type(size) is int and type(mtime_ns) is int and size >= 0 and -(2**63) < mtime_ns < 2**63
 
 
 def key(name, size, mtime_ns):
@@ -63,8 +69,8 @@ def is_unfinished(path, name):
 
 
 def walk(root, below):
-    """{name: facts} of the finished files of a folder, or below the paths named; links are left out."""
-    found = {}
+    """The finished files of a folder, or below the paths named, {name: facts}, and names that are not sent."""
+    found, odd = {}, []
     for start in below or [""]:
         top = os.path.join(root, start)
         if start and facts(top):
@@ -73,17 +79,23 @@ def walk(root, below):
             folders[:] = sorted(one for one in folders if not one.startswith("."))
             for file in sorted(files):
                 path = os.path.join(folder, file)
-                known = facts(path)
+                known, name = facts(path), os.path.relpath(path, root)
                 if known and not is_unfinished(path, file):
-                    found[os.path.relpath(path, root)] = known
-    return found
+                    if is_safe(name):
+                        found[name] = known
+                    else:
+                        odd.append(name)
+    return {"files": found, "odd": odd}
 
 
 def begun(root):
     """{key: bytes} of what lies in `.incoming`."""
     folder = os.path.join(root, INCOMING)
-    there = os.listdir(folder) if os.path.isdir(folder) else []
-    return {one: os.path.getsize(os.path.join(folder, one)) for one in there}
+    try:
+        there = {one: facts(os.path.join(folder, one)) for one in os.listdir(folder)}
+    except OSError:
+        return {}
+    return {one: known[0] for one, known in there.items() if known}
 
 
 def send(root, wanted, out):
@@ -134,16 +146,18 @@ def _opened(path):
 
 
 def _whole_lines(file, size):
-    """The size of a growing file of lines up to its last line end."""
-    end = size
-    while end > 0:
+    """The size of a growing file of records up to its last whole one; the very last may lack a line end."""
+    end, at = size, -1
+    while end > 0 and at < 0:
         start = max(0, end - BLOCK)
         file.seek(start)
         at = file.read(end - start).rfind(b"\n")
-        if at >= 0:
-            return start + at + 1
-        end = start
-    return 0
+        end = start + at + 1 if at >= 0 else start
+    file.seek(end)
+    try:
+        return size if isinstance(json.loads(file.read(size - end)), dict) else end
+    except ValueError:
+        return end
 
 
 def receive(source, root, expected=None, progress=None):
@@ -153,7 +167,6 @@ def receive(source, root, expected=None, progress=None):
     placed: it vouches for it. Raises `Broken` where the stream ends early; what came is kept.
     """
     incoming = os.path.join(root, INCOMING)
-    os.makedirs(incoming, exist_ok=True)
     lock = _alone(incoming)
     try:
         placed, failed = _receive(source, root, incoming, expected, progress)
@@ -165,20 +178,24 @@ def receive(source, root, expected=None, progress=None):
 
 def _alone(folder, seconds=30.0):
     """A lock on a folder; the one before us may be the end of a connection that has just been lost."""
-    lock, until = os.open(folder, os.O_RDONLY), time.monotonic() + seconds
+    until = time.monotonic() + seconds
     while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() > until:
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            os.makedirs(folder, exist_ok=True)
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock), os.stat(folder)):  # the one before us may have removed it
+                    return os.dup(lock)
+            finally:
                 os.close(lock)
-                raise Broken(f"another transfer into {os.path.dirname(folder)} is at work") from None
+        if time.monotonic() > until:
+            raise Broken(f"another transfer into {os.path.dirname(folder)} is at work")
         time.sleep(0.2)
 
 
 def _receive(source, root, incoming, expected, progress):
-    placed, failed, hurt = [], {}, set()
+    placed, failed, hurt, expected = [], {}, set(), None if expected is None else dict(expected)
     while True:
         head = _read_line(source)
         if head.get("end"):
@@ -187,7 +204,8 @@ def _receive(source, root, incoming, expected, progress):
         if not isinstance(name, str) or not is_safe(name) or (expected is not None and name not in expected):
             raise Broken(f"the other end sent a file that was not asked for: {str(name)[:80]!r}")
         folder = os.path.dirname(name)
-        why = "it is gone" if head.get("missing") else _take(source, root, incoming, head, expected, progress)
+        most = None if expected is None else expected.pop(name)  # nothing comes twice
+        why = "it is gone" if head.get("missing") else _take(source, incoming, head, most, progress)
         if why is None and name.endswith(".json") and folder in hurt:
             why = "a file beside it is missing"
         why = why or _place(root, incoming, head)
@@ -199,12 +217,12 @@ def _receive(source, root, incoming, expected, progress):
     return placed, failed
 
 
-def _take(source, root, incoming, head, expected, progress):
+def _take(source, incoming, head, most, progress):
     """Read one file's bytes into `.incoming`; what is wrong with them, or None."""
     name, size, offset = head["name"], head.get("size"), head.get("offset")
-    if not (type(size) is int and type(offset) is int and type(head.get("mtime_ns")) is int and 0 <= offset <= size):
+    if not (is_version(size, head.get("mtime_ns")) and type(offset) is int and 0 <= offset <= size):
         raise Broken(f"the other end described {name} wrongly")
-    if expected is not None and size > expected[name]:
+    if most is not None and size > most:
         raise Broken(f"the other end sent more of {name} than it said there was")
     path = os.path.join(incoming, key(name, size, head["mtime_ns"]))
     digest = hashlib.sha256()
@@ -295,7 +313,7 @@ def main():
     request = json.loads(source.readline())
     root = os.path.expanduser(request["root"])
     if request["verb"] == "walk":
-        _line(out, {"files": walk(root, request["below"])})
+        _line(out, walk(root, request["below"]))
     elif request["verb"] == "look":
         os.makedirs(root, exist_ok=True)
         known = {name: facts(os.path.join(root, name)) for name in request["names"]}

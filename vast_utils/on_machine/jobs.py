@@ -98,7 +98,7 @@ def status(folder, quiet_seconds):
         "argv": job["given"],
         "attempt": job["attempt"],
         "pid": beat.get("pid"),
-        "seconds": over.get("seconds", now - beat["began"] if beat else 0.0),
+        "seconds": over.get("seconds", (now if lives else beat["now"]) - beat["began"] if beat else 0.0),
         "still_seconds": max(still, silent) if not over else 0.0,
         "log_bytes": size,
     }
@@ -118,6 +118,8 @@ def start(request):
         return {"job": now, "started": False}
     if not os.path.isdir(os.path.expanduser(request["project"])):
         return {"error": "project"}
+    for pid in marked(folder):  # what an earlier start left would write to the same files and hold the GPU's memory
+        send_signal(pid, signal.SIGKILL)
     places = [os.path.join(VENV, "bin"), os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)]
     environment = {"PATH": os.pathsep.join(places), "PYTHONUNBUFFERED": "1"}
     if os.path.isdir(VENV):
@@ -231,7 +233,7 @@ def stop(folder, grace_seconds):
 
 def tail(folder, offset, follow, out, source):
     """Write the log from a byte on; when following, until the job is over or the other end hangs up."""
-    with open(os.path.join(folder, "log"), "rb") as log:
+    with open(os.path.join(folder, "log"), "ab+") as log:  # made where the job never began
         log.seek(offset)
         while True:
             lives = follow and status(folder, float("inf"))["state"] in ("running", "wedged")

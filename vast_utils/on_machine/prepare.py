@@ -3,7 +3,9 @@
 Standard library and Python 3.8 only.
 """
 
+import fcntl
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -58,7 +60,7 @@ def about(python):
 
 
 def look(request):
-    """The disk, the GPUs by nvidia-smi, and the Pythons that are recent enough, best first."""
+    """The disk, the GPUs by nvidia-smi, Pythons that are recent enough, best first, and whether a project is here."""
     named = [os.path.expanduser(request["python"])] if request["python"] else PYTHONS
     found = {}
     for one in named:
@@ -81,7 +83,9 @@ def look(request):
     except (OSError, subprocess.TimeoutExpired) as error:
         gpus, said = [], str(error)
     os.makedirs(BASE, mode=0o700, exist_ok=True)
-    return {"free": shutil.disk_usage(BASE).free, "gpus": gpus, "nvidia_smi": said, "pythons": usable}
+    there = os.path.isfile(os.path.join(os.path.expanduser(request["project"]), "requirements.txt"))
+    free = shutil.disk_usage(BASE).free
+    return {"free": free, "gpus": gpus, "nvidia_smi": said, "pythons": usable, "project": there}
 
 
 def speed(request):
@@ -94,13 +98,15 @@ def speed(request):
                 if not block:
                     break
                 got += len(block)
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no such kind of URL
         return {"error": str(error)}
     return {"bytes_per_second": got / max(time.monotonic() - began, 1e-6)}
 
 
 def install(request):
     """A virtual environment on top of the image's packages, with what the requirements lack; nothing if it is there."""
+    lock = os.open(os.path.join(BASE, "installing"), os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # one whose connection has broken may still be at work; goes with this process
     image, packages = request["python"], request["packages"]
     project = os.path.expanduser(request["project"])
     with open(os.path.join(project, "requirements.txt")) as file:
@@ -110,6 +116,8 @@ def install(request):
     mark = os.path.join(VENV, "installed")
     if os.path.exists(mark) and read(mark) == state:
         return {"installed": False, "about": about(os.path.join(VENV, "bin", "python"))}
+    if os.path.exists(mark):
+        os.unlink(mark)  # before the rest: half an environment has none
     shutil.rmtree(VENV, ignore_errors=True)
     python = os.path.join(VENV, "bin", "python")
     run([image, "-m", "venv", *(["--without-pip"] if request["pip"] else []), VENV])
