@@ -1,14 +1,17 @@
 """Text in, dictionary out: `run.py` beside the runners of SAELens and sparsify, whole processes in turns.
 
-    python benchmarks/end_to_end.py                          both models; about half an hour on 2 cores
+    python benchmarks/end_to_end.py                          both models; about an hour on 2 cores
     python benchmarks/end_to_end.py --models bundled --turns 1 --name try
     python benchmarks/end_to_end.py --python saelens=/path/to/python sparsify=/path/to/python
 
 Two models: the bundled one, and one of GPT-2 small's shape with random weights (speed does not depend on them). The
 residual stream after layer 1 goes into one TopK dictionary. All read the same contexts in the same batch size; ours
 also tokenizes the text, evaluates what it trained and writes its report, the peers find the tokens in a data set.
-Seconds are from the start of the process until its dictionary is saved (for ours also until the report is written).
-FVU is on held-out text. Each peer at its defaults, SAELens once more with its autocast for dictionary and model.
+Seconds are from the start of the process until its dictionary is saved (for ours also until the report is written);
+what is compiled once on a machine is there already. FVU is on held-out text, of activations in fp32, by one evaluator.
+Memory is the most that the process held until then. Each contender at its
+defaults, the peers once more with what makes them faster: SAELens with its autocast for dictionary and model, sparsify
+with the model in bf16. Ours once more with the model in fp32, as the peers have it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sparse_coding  # noqa: F401 (before torch: it sets how threads wait)
 
 # isort: split
-import numpy as np
 import peers
 import torch
+from rivals.finish import fvu
 
 from sparse_coding.activations.models import bundled_models
 from sparse_coding.activations.text import TextSettings, documents
@@ -53,12 +57,14 @@ class Task:
     tokens: int
 
 
-TASKS = {"bundled": Task("bundled", 32, 262_144), "gpt2-shaped": Task("gpt2-shaped", 16, 131_072)}
+TASKS = {"bundled": Task("bundled", 32, 524_288), "gpt2-shaped": Task("gpt2-shaped", 16, 131_072)}
 CONTENDERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ours", ()),
+    ("ours", ("float32",)),
     ("saelens", ()),
     ("saelens", ("autocast",)),
     ("sparsify", ()),
+    ("sparsify", ("bfloat16",)),
 )
 
 
@@ -75,7 +81,9 @@ def main() -> None:
     for peer in ("saelens", "sparsify"):
         pythons.setdefault(peer, "")
         pythons[peer] = pythons[peer] or peers.environment(flags.environments / peer, peers.PACKAGES[peer])
-    facts = {**provenance(), "threads": flags.threads, "turns": flags.turns}
+    own = [word for word in sys.argv[1:] if "=" not in word and word != "--python"]  # no paths of this machine
+    command = " ".join(["end_to_end.py", *own])
+    facts = {**provenance(), "command": command, "threads": flags.threads, "turns": flags.turns}
     facts["peers"] = {p: peers.version(pythons[p], peers.PACKAGES[p]) for p in ("saelens", "sparsify")}
     results = []
     for name in flags.models:
@@ -86,21 +94,24 @@ def main() -> None:
 
 def compare(task: Task, scratch: Path, flags: argparse.Namespace, pythons: dict[str, str]) -> dict[str, Any]:
     job = prepare(task, scratch) | {"threads": flags.threads}
-    found: list[dict[str, Any]] = [{"peer": p, "switches": s, "seconds": [], "report": []} for p, s in CONTENDERS]
+    run_ours({**job, "tokens": BATCH, "switches": ()}, scratch / "once")  # compiles what a machine compiles once
+    found: list[dict[str, Any]] = [
+        {"peer": peer, "switches": switches, "seconds": [], "report": [], "mib": []} for peer, switches in CONTENDERS
+    ]
     for turn in range(flags.turns):
         for one in found:
-            out = scratch / f"{one['peer']}-{'-'.join(one['switches'])}-{turn}"
-            if one["peer"] == "ours":
-                saved, done, fvu = run_ours(job, out)
-                one["report"].append(done)
-            else:
-                saved, fvu = run_peer(pythons[one["peer"]], one["peer"], {**job, "switches": one["switches"]}, out)
-            one["seconds"].append(saved)
-            one["fvu"] = fvu
-            print(
-                f"{task.name:12s} {one['peer']} {' '.join(one['switches'])}: {saved:.1f} s, FVU {fvu:.4f}", flush=True
-            )
-    return {"task": vars(task), "d_in": job["d_in"], "d_sae": job["d_sae"], "contenders": found}
+            own, out = job | {"peer": one["peer"], "switches": one["switches"]}, scratch / f"{label(one)}-{turn}"
+            told = run_ours(own, out) if one["peer"] == "ours" else run_peer(pythons[one["peer"]], own, out)
+            one["fvu"] = told.pop("fvu")
+            for name, value in told.items():
+                one[name].append(value)
+            print(f"{task.name:12s} {label(one)}: {told['seconds']:.1f} s, FVU {one['fvu']:.4f}", flush=True)
+    known = {name: job[name] for name in ("d_in", "d_sae", "forward")}
+    return {"task": vars(task), **known, "contenders": found}
+
+
+def label(one: dict[str, Any]) -> str:
+    return " + ".join([one["peer"], *one["switches"]])
 
 
 def prepare(task: Task, scratch: Path) -> dict[str, Any]:
@@ -129,7 +140,8 @@ def prepare(task: Task, scratch: Path) -> dict[str, Any]:
     held_out = contexts(
         settings, tokenizer, part="held_out", context=CONTEXT, max_tokens=HELD_OUT_TOKENS, cache=cache, progress=False
     )
-    hf = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    hf: Any = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    hf.transformer.h = hf.transformer.h[: LAYER + 1]
     kept: list[torch.Tensor] = []
     hook = lambda _module, _inputs, output: kept.append(output[0] if isinstance(output, tuple) else output)  # noqa: E731
     hf.transformer.h[LAYER].register_forward_hook(hook)
@@ -137,41 +149,77 @@ def prepare(task: Task, scratch: Path) -> dict[str, Any]:
         for part in torch.from_numpy(held_out.tokens.astype("int64")).split(16):
             hf.transformer(part)
     x = torch.cat(kept).flatten(0, 1).float()
+    forward = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        hf.to(dtype)
+        forward[str(dtype).removeprefix("torch.")] = len(x) / forward_seconds(hf.transformer, held_out.tokens)
     x.numpy().tofile(scratch / "held_out.f32")
     d_in = x.shape[1]
     return {
         "model": str(model), "text": str(text), "data": str(scratch / "tokens"),
         "held_out": str(scratch / "held_out.f32"),
         "d_in": d_in, "d_sae": d_in * task.ratio, "k": K, "layer": LAYER, "context": CONTEXT, "batch": BATCH,
-        "tokens": task.tokens, "ratio": task.ratio,
+        "tokens": task.tokens, "ratio": task.ratio, "forward": forward,
     }  # fmt: skip
 
 
-def run_ours(job: dict[str, Any], out: Path) -> tuple[float, float, float]:
-    """Seconds to the saved dictionary and to the end of the process, and FVU."""
+def forward_seconds(model: Any, tokens: Any) -> float:
+    """The quicker of two forward passes over contexts, 4,096 tokens at once."""
+    taken = []
+    for _ in range(2):
+        began = time.perf_counter()
+        with torch.no_grad():
+            for part in torch.from_numpy(tokens.astype("int64")).split(4096 // CONTEXT):
+                model(part, use_cache=False)
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def run_ours(job: dict[str, Any], out: Path) -> dict[str, float]:
+    """Seconds to the saved dictionary and to the end of the process, MiB, and FVU."""
     words = [sys.executable, str(ROOT / "run.py"), "--model", job["model"], "--text", job["text"]]
     words += ["--layer", str(job["layer"]), "--location", "resid_post", "--context", str(job["context"])]
     words += ["--architecture", "topk", "--k", str(job["k"]), "--ratios", str(job["ratio"])]
     words += ["--tokens", str(job["tokens"]), "--batch-size", str(job["batch"]), "--out", str(out), "--fresh"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "SPARSE_CODING_CACHE": str(out) + "-cache"}
-    began = time.time()
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
-    ended = time.time()
-    if done.returncode:
-        raise SystemExit(f"run.py failed:\n{done.stderr[-2000:]}")
+    words += ["--model-dtype", *job["switches"]] if job["switches"] else []
+    cache = out.parent / "run-cache"
+    shutil.rmtree(cache / "contexts", ignore_errors=True)  # the text is tokenized in every turn
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "SPARSE_CODING_CACHE": str(cache)}
+    mib, saved = 0.0, False
+    with tempfile.TemporaryFile("w+") as said:
+        began = time.time()
+        with subprocess.Popen(words, stdout=said, stderr=said, text=True, env=environment) as process:
+            while process.poll() is None:
+                if not saved:
+                    mib, saved = max(mib, peak_mib(process.pid)), any(out.rglob("sae_weights.safetensors"))
+                time.sleep(0.05)
+        ended = time.time()
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"run.py failed:\n{said.read()[-2000:]}")
     (weights,) = out.rglob("sae_weights.safetensors")
-    dictionary = load_dictionary(weights.parent)
-    x = torch.from_numpy(np.fromfile(job["held_out"], np.float32).reshape(-1, job["d_in"]))
-    with torch.no_grad():
-        error = sum(float((dictionary(part) - part).square().sum()) for part in x.split(2048))
-    return weights.stat().st_mtime - began, ended - began, error / float((x - x.mean(0)).square().sum())
+    return {
+        "seconds": weights.stat().st_mtime - began,
+        "report": ended - began,
+        "mib": mib,
+        "fvu": fvu(load_dictionary(weights.parent), job),
+    }
 
 
-def run_peer(python: str, peer: str, job: dict[str, Any], out: Path) -> tuple[float, float]:
-    """Seconds to the saved dictionary, and FVU."""
+def peak_mib(process: int) -> float:
+    """The most memory that a process has held so far; 0 where the system does not say."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+
+
+def run_peer(python: str, job: dict[str, Any], out: Path) -> dict[str, float]:
+    """Seconds to the saved dictionary, MiB, and FVU."""
     out.mkdir()
     (out / "job.json").write_text(json.dumps({**job, "out": str(out / "saved")}))
-    script = Path(__file__).parent / "rivals" / f"run_{peer}.py"
+    script = Path(__file__).parent / "rivals" / f"run_{job['peer']}.py"
     began, saved, answer, said = time.time(), 0.0, "", (out / "said").open("w+")
     words = [python, str(script), str(out / "job.json")]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=said, text=True, cwd=out) as process:
@@ -182,8 +230,8 @@ def run_peer(python: str, peer: str, job: dict[str, Any], out: Path) -> tuple[fl
             elif saved and line.startswith("{"):
                 answer = line
     if not answer:
-        raise SystemExit(f"{peer} failed:\n{(out / 'said').read_text()[-3000:]}")
-    return saved, json.loads(answer)["fvu"]
+        raise SystemExit(f"{label(job)} failed:\n{(out / 'said').read_text()[-3000:]}")
+    return {"seconds": saved, **json.loads(answer)}
 
 
 def write(name: str, facts: dict[str, Any], results: list[dict[str, Any]]) -> None:
@@ -193,17 +241,23 @@ def write(name: str, facts: dict[str, Any], results: list[dict[str, Any]]) -> No
     lines = ["Text in, dictionary out: `python benchmarks/end_to_end.py`", ""]
     lines += [f"{made}; {known}. Whole processes, medians of {facts['turns']} turns.", ""]
     for result in results:
-        task = result["task"]
+        task, ours = result["task"], result["contenders"][0]
         what = f"{task['tokens']:,} tokens, TopK k {K}, d_in {result['d_in']}, d_sae {result['d_sae']:,}, batch {BATCH}"
-        lines += [f"## {task['name']}: {what}", "", "| | seconds | tokens/s | ours is | FVU |", "|---|---|---|---|---|"]
-        ours = statistics.median(result["contenders"][0]["seconds"])
+        lines += [f"## {task['name']}: {what}", "", "| | seconds | tokens/s | ours is | MiB | FVU |"]
+        lines += ["|---|---|---|---|---|---|"]
+        middle = {name: statistics.median(ours[name]) for name in ("seconds", "report")}
         for one in result["contenders"]:
-            seconds = statistics.median(one["seconds"])
-            label = " + ".join([one["peer"], *one["switches"]])
-            times = "" if one["peer"] == "ours" else f"{seconds / ours:.2f}x"
-            lines.append(f"| {label} | {seconds:.1f} | {task['tokens'] / seconds:,.0f} | {times} | {one['fvu']:.4f} |")
-        whole = statistics.median(result["contenders"][0]["report"])
-        lines += ["", f"Ours with evaluation, pictures and report: {whole:.1f} s.", ""]
+            seconds, mib = statistics.median(one["seconds"]), statistics.median(one["mib"])
+            times = "" if one is ours else f"{seconds / middle['seconds']:.2f}x"
+            rate = task["tokens"] / seconds
+            lines.append(f"| {label(one)} | {seconds:.1f} | {rate:,.0f} | {times} | {mib:,.0f} | {one['fvu']:.4f} |")
+        passes = [f"{task['tokens'] / rate:.1f} s in {dtype}" for dtype, rate in result["forward"].items()]
+        lines += [
+            "",
+            f"Ours with evaluation, pictures and report: {middle['report']:.1f} s. The forward pass alone, to ",
+        ]
+        lines[-1] += f"layer {LAYER}, with nothing else: {', '.join(passes)}; sparsify runs every layer."
+        lines += [""]
     (RESULTS / f"{name}.md").write_text("\n".join(lines))
 
 

@@ -4,7 +4,8 @@
     python benchmarks/scaling.py --name try     other files
 
 The limit of a step is the time of its products at the rate the machine reaches on data in cache, plus the time to read
-and write what Adam needs at the rate of a copy; both rates are measured in the same run. Products: five for dense codes
+and write what Adam needs at the rate of a copy. Both rates are measured before and after every single step, and the
+higher one counts: a machine that others share is faster at one moment than at another. Products: five for dense codes
 (10 B d_in d_sae FLOP), one for TopK and 8 B k d_in for its active entries. Adam: 28 bytes a parameter. Weights stand
 still (learning rate 1e-12), so that codes are as dense at the last step as at the first.
 """
@@ -18,6 +19,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -97,28 +100,37 @@ NOTES = {
 }
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of products in cache on torch's threads; of torch's own large product where nothing can be compiled."""
+@cache
+def rates_library() -> ctypes.CDLL | None:
     source = HERE / "machine_rate.cpp"
     library = compiled(source.name, (source, *SOURCES))
     if library:
         library.product_rate.restype = ctypes.c_double
-        half = int(dtype == torch.bfloat16)
-        rates = [library.product_rate(half, torch.get_num_threads(), ctypes.c_double(0.02)) for _ in range(40)]
-        if max(rates):
-            return max(rates)
-    a = torch.randn(2048, 2048).to(dtype)
-    return 2 * 2048**3 / min(seconds(lambda: a @ a) for _ in range(9))
+    return library
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of products in cache on torch's threads; of torch's own large product where nothing can be compiled."""
+    library, half = rates_library(), int(dtype == torch.bfloat16)
+    rate = library.product_rate(half, torch.get_num_threads(), ctypes.c_double(0.02)) if library else 0.0
+    if rate:
+        return rate
+    a = torch.ones(1024, 1024, dtype=dtype)
+    return 2 * 1024**3 / min(seconds(lambda: a @ a) for _ in range(5))
+
+
+@cache
+def two_blocks() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(32 * 2**20), torch.zeros(32 * 2**20)
 
 
 def copy_rate() -> float:
     """Bytes/s read and written by a copy that no cache holds."""
-    source = torch.zeros(64 * 2**20)
-    target = torch.zeros_like(source)
-    return 2 * 4 * source.numel() / min(seconds(lambda: target.copy_(source)) for _ in range(9))
+    source, target = two_blocks()
+    return 2 * 4 * source.numel() / seconds(lambda: target.copy_(source))
 
 
-def rates_of(dtype: torch.dtype) -> dict[str, float]:
+def rates_now(dtype: torch.dtype) -> dict[str, float]:
     return {"products": product_rate(dtype), "memory": copy_rate()}
 
 
@@ -128,12 +140,23 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def measured(case: Case, dtype: torch.dtype, repeats: int) -> float:
-    """Median seconds of a step."""
+def measured(case: Case, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    """Medians over steps: seconds, the limit at the rates around each step, the share of it, and those rates."""
     step = case.prepared(dtype)
     step()
     step()
-    return median(seconds(step) for _ in range(repeats))
+    around, taken = [rates_now(dtype)], []
+    for _ in range(repeats):
+        taken.append(seconds(step))
+        around.append(rates_now(dtype))
+    rates = [{name: max(a[name], b[name]) for name in a} for a, b in pairwise(around)]
+    limits = [case.flop / rate["products"] + case.adam_bytes / rate["memory"] for rate in rates]
+    return {
+        "seconds": median(taken),
+        "limit": median(limits),
+        "reached": median(limit / t for limit, t in zip(limits, taken, strict=True)),
+        **{name: median(rate[name] for rate in rates) for name in rates[0]},
+    }
 
 
 def main() -> None:
@@ -144,18 +167,19 @@ def main() -> None:
     flags = parser.parse_args()
     keep_freed_memory()
     dtype = products_dtype("auto", "cpu")
-    points, before = [], rates_of(dtype)
+    points = []
     for axis in flags.axes:
         for base, name, values in AXES[axis]:
             for value in values:
                 case = replace(base, **{name: value})
-                taken = measured(case, dtype, flags.repeats)
                 work = {"flop": case.flop, "adam_bytes": case.adam_bytes}
-                points.append({"axis": axis, "value": value, **vars(case), **work, "seconds": taken})
-                print(f"{axis:8s} {value:6d} {case.kind:5s} {1e3 * taken:9.2f} ms", flush=True)
-    rates = {name: max(rate, before[name]) for name, rate in rates_of(dtype).items()}  # something else may have run
-    for point in points:
-        point["limit"] = point["flop"] / rates["products"] + point["adam_bytes"] / rates["memory"]
+                found = measured(case, dtype, flags.repeats)
+                points.append({"axis": axis, "value": value, **vars(case), **work, **found})
+                print(
+                    f"{axis:8s} {value:6d} {case.kind:5s} {1e3 * found['seconds']:9.2f} ms, {found['reached']:4.0%}",
+                    flush=True,
+                )
+    rates = {name: median(point[name] for point in points) for name in ("products", "memory")}
     facts = {**provenance(), "dtype": str(dtype).removeprefix("torch."), "rates": rates, "repeats": flags.repeats}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{flags.name}.json").write_text(json.dumps({"facts": facts, "points": points}, indent=1) + "\n")
@@ -169,19 +193,23 @@ def table(facts: dict[str, Any], points: list[dict[str, Any]], name: str) -> lis
         "What a training step costs, and how near it comes to what the machine allows: `python benchmarks/scaling.py`",
         "",
         f"{facts['date'][:10]}, torch {facts['versions']['torch']}, {facts['threads']} CPU threads, products in "
-        f"{facts['dtype']}; medians of {facts['repeats']} steps. The limit: products at "
-        f"{rates['products'] / 1e9:,.0f} GFLOP/s and Adam's traffic at {rates['memory'] / 1e9:,.0f} GB/s, measured in "
-        "the same run.",
+        f"{facts['dtype']}; medians of {facts['repeats']} steps. The limit: products and Adam's traffic at the rates "
+        f"measured around each step, {rates['products'] / 1e9:,.0f} GFLOP/s and {rates['memory'] / 1e9:,.0f} GB/s in "
+        "the middle.",
         "",
         f"![Milliseconds a step beside the limit]({name}.png)",
     ]
+    wide = [p for p in points if p["axis"] == "d_sae" and p["kind"] == "topk" and p["d_sae"] == 32 * p["d_in"]]
+    lines += ["", *(f"TopK at 32 times the width: {p['reached']:.0%} of the limit." for p in wide)]
     for axis in dict.fromkeys(point["axis"] for point in points):
         own = [point for point in points if point["axis"] == axis]
         lines += ["", f"## {axis} ({NOTES[axis]})", ""]
         lines += [f"| | {axis} | ms a step | limit | reached |", "|---|---|---|---|---|"]
         for point in own:
             taken, limit = 1e3 * point["seconds"], 1e3 * point["limit"]
-            lines.append(f"| {point['kind']} | {point['value']:,} | {taken:.2f} | {limit:.2f} | {limit / taken:.0%} |")
+            lines.append(
+                f"| {point['kind']} | {point['value']:,} | {taken:.2f} | {limit:.2f} | {point['reached']:.0%} |"
+            )
     return lines
 
 
@@ -207,7 +235,8 @@ def picture(points: list[dict[str, Any]], rates: dict[str, float]) -> Any:
         if not index:
             panel.set_ylabel("ms a step")
             panel.legend(loc="upper left")
-    told = f"dashed: products at {rates['products'] / 1e9:,.0f} GFLOP/s + Adam at {rates['memory'] / 1e9:,.0f} GB/s"
+    told = f"dashed: products at {rates['products'] / 1e9:,.0f} GFLOP/s + Adam at {rates['memory'] / 1e9:,.0f} GB/s, "
+    told += "measured around each step"
     figure.text(0.65 / figure.get_size_inches()[0], 0.04, told, color=MUTED, fontsize=8)
     return figure
 

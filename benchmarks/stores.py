@@ -268,7 +268,7 @@ def remote(folder: Path, rows: int, turns: int) -> dict[str, Any]:
 
 def captured(part: Part, tokens: int) -> Tensor:
     """Activations of the bundled model in the order of the text."""
-    model = load_model(MODEL, device="cpu")
+    model = load_model(MODEL, device="cpu", dtype="float32")
     text = contexts(
         TextSettings(), load_tokenizer(bundled_models()[MODEL]), part=part, max_tokens=tokens, progress=False
     )  # type: ignore[arg-type]

@@ -260,7 +260,7 @@ class _Harvest:
         rows, shards = self.passes.rows, -(-self.passes.rows // self.shard_rows)
         text, keep = self.passes.text, self.flags.keep
         shown = ", ".join(f"{name} (width {width})" for name, width in self.widths.items())
-        print(f"model {self.flags.model.model} on {self.model.device}: {shown}")
+        print(f"model {self.flags.model.model} on {self.model.runs_on}: {shown}")
         print(f"text {text.identity['text']['source']}: {quantity(text.n_tokens)} tokens, held-out documents left out")
         if keep.tokens is not None and text.n_tokens < (self.flags.tokens or 0):
             print(f"note: --tokens is {keep.tokens}, the text has no more")

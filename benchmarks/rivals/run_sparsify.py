@@ -24,7 +24,8 @@ def main() -> None:
         save_dir=job["out"],
         run_name="run",
     )
-    model = AutoModel.from_pretrained(job["model"])
+    dtype = {"dtype": torch.bfloat16} if "bfloat16" in job["switches"] else {}
+    model = AutoModel.from_pretrained(job["model"], **dtype)
     trainer = Trainer(settings, load_from_disk(job["data"]).with_format("torch"), model)
     trainer.fit()
     (coder,) = trainer.saes.values()

@@ -100,7 +100,7 @@ def rows(
             flat = x.flatten(0, 1)
             if name not in buffers:
                 buffers[name] = torch.empty(n_rows, x.shape[-1], dtype=x.dtype, device=x.device)
-            buffers[name][start:stop] = flat if chosen is None else flat[chosen]
+            buffers[name][start:stop] = flat if chosen is None else flat.index_select(0, chosen)
         start = stop
     return buffers
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from sparse_coding.device import pick_device
+from sparse_coding.activations.fused import fuse_gelu
+from sparse_coding.device import bf16_pays, has_bf16, pick_device
 from sparse_coding.errors import UserError, near
 from sparse_coding.formats.nanogpt import read_checkpoint
 from sparse_coding.formats.nanogpt_file import Gelu, checkpoint_file
@@ -75,6 +76,13 @@ class LanguageModel:
         return self.hf.dtype
 
     @property
+    def runs_on(self) -> str:
+        """Device and dtype, for the log."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        slow = self.device.type == "cpu" and self.dtype == torch.float32 and not has_bf16(self.device)
+        return f"{self.device} in {dtype}{' (no bf16 instructions here: bfloat16 would be slower)' if slow else ''}"
+
+    @property
     def causal(self) -> bool:
         return self.kind == "causal"
 
@@ -108,9 +116,10 @@ def load_model(
 ) -> LanguageModel:
     """Load a bundled model, a local folder in Hugging Face layout, a model of the hub by name, or nanoGPT's `ckpt.pt`.
 
-    dtype "auto" is bfloat16 on a CUDA GPU that has it, float32 elsewhere. A model in the hub's local cache loads with
-    no network. gelu: the form of GELU in a checkpoint of nanoGPT, which does not say it; None is what our exports say,
-    else exact. Raises UserError, in one line, when there is no such model or it is of a kind that does not work here.
+    dtype "auto" is bfloat16 where the hardware multiplies it and it pays (`bf16_pays`), float32 elsewhere. A model in
+    the hub's local cache loads with no network. gelu: the form of GELU in a checkpoint of nanoGPT, which does not say
+    it; None is what our exports say, else exact. Raises UserError, in one line, when there is no such model or it is
+    of a kind that does not work here.
     """
     if dtype not in get_args(Dtype):
         raise UserError(f"the model's dtype is {dtype!r}: allowed are {', '.join(get_args(Dtype))}")
@@ -119,7 +128,9 @@ def load_model(
     where = pick_device(device)
     file = checkpoint_file(name)
     if file:
-        hf = read_checkpoint(file, gelu).model.to(where, _torch_dtype(dtype, where))  # type: ignore[arg-type]
+        hf = read_checkpoint(file, gelu).model
+        hf = hf.to(where, _torch_dtype(dtype, where, hf.config))  # type: ignore[arg-type]
+        fuse_gelu(hf)
         return LanguageModel.of(hf, str(name), str(file.resolve()))
     if gelu is not None:
         raise UserError(f"--gelu {gelu} is for checkpoints of nanoGPT (.pt): model {str(name)!r} says its own form")
@@ -127,9 +138,10 @@ def load_model(
     path = str(folder or name)
     with _quiet(), nullcontext() if folder else offline_if_unreachable():
         try:
-            hf = _read(str(name), path, _torch_dtype(dtype, where))
+            hf = _read(str(name), path, dtype, where)
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, UnpicklingError, SafetensorError) as error:
             raise UserError(_reason(str(name), folder, error)) from None
+    fuse_gelu(hf)
     return LanguageModel.of(hf.to(where), str(name), path)  # type: ignore[arg-type]
 
 
@@ -194,13 +206,13 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{what} holds a config.json but no weights: none of {', '.join(WEIGHTS)}")
 
 
-def _torch_dtype(dtype: Dtype, device: str) -> torch.dtype:
+def _torch_dtype(dtype: Dtype, device: str, config: PretrainedConfig) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
-    return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if bf16_pays(device, getattr(config, "hidden_size", 0)) else torch.float32
 
 
-def _read(name: str, path: str, dtype: torch.dtype) -> PreTrainedModel:
+def _read(name: str, path: str, dtype: Dtype, device: str) -> PreTrainedModel:
     """The model with its head, or without where the files hold none: a head of random numbers predicts nothing."""
     from transformers import AutoConfig, AutoModel
 
@@ -210,7 +222,11 @@ def _read(name: str, path: str, dtype: torch.dtype) -> PreTrainedModel:
         if auto is None:
             continue
         hf, report = auto.from_pretrained(
-            path, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            path,
+            config=config,
+            dtype=_torch_dtype(dtype, device, config),
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         missing = {key for key in report["missing_keys"] if "pooler" not in key.split(".")}
         if not missing:

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparse_coding.activations.encoding import encoder_of
 from sparse_coding.activations.models import LanguageModel, load_model, tokens_given
 from sparse_coding.activations.tokenizers import DATA_SET, holds_tokenizer, load_tokenizer, save_tokenizer
-from sparse_coding.activations.tokens import encoder_of
 from sparse_coding.errors import UserError
 from sparse_coding.files import make_folder, sync_files
 from sparse_coding.formats.nanogpt import read_checkpoint, write_checkpoint

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparse_coding.activations.encoding import Encoder, all_cores, batches_of, encoder_of, separator_of, tokenizing
 from sparse_coding.activations.text import Part
 from sparse_coding.activations.token_folder import decoder_of
 from sparse_coding.activations.tokenizers import load_tokenizer
-from sparse_coding.activations.tokens import Encoder, all_cores, batches_of, encoder_of, separator_of, tokenizing
 from sparse_coding.errors import Interrupted, UserError
 from sparse_coding.formats.nanogpt_data import (
     FORMAT,

@@ -22,7 +22,7 @@ import tyro
 
 from sparse_coding.activations.text import TextSettings
 from sparse_coding.config import parse
-from sparse_coding.device import pick_device
+from sparse_coding.device import bf16_pays, pick_device
 from sparse_coding.errors import UserError, near, reported
 from sparse_coding.formats.nanogpt_data import is_data_folder
 from sparse_coding.language_models import card
@@ -43,7 +43,6 @@ from sparse_coding.language_models.training_state import (
     own_folder,
     refuse_other_run,
 )
-from sparse_coding.training.precision import has_bf16
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -238,14 +237,10 @@ def device_for(config: TrainConfig) -> torch.device:
 
 
 def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The type of the matrix products; auto takes bfloat16 on GPUs that have it, and on CPUs that do if it pays there.
-
-    On CPUs with bfloat16 units a width of 96 ran a third faster; at 64 the conversions cost more than they saved.
-    """
+    """The type of the matrix products; auto takes bfloat16 where the hardware has it and it pays (`bf16_pays`)."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    quick = has_bf16(device) and (device.type != "cpu" or config.n_embd >= 96)
-    return torch.bfloat16 if quick else torch.float32
+    return torch.bfloat16 if bf16_pays(device, config.n_embd) else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -29,9 +29,9 @@ from transformers import (
 )
 
 from sparse_coding.activations.capture import capture, widths
+from sparse_coding.activations.families import LOCATIONS
 from sparse_coding.activations.models import LanguageModel
 from sparse_coding.activations.sites import (
-    LOCATIONS,
     Site,
     family_of,
     list_sites,

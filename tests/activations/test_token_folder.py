@@ -14,9 +14,9 @@ import pytest
 
 from sparse_coding.activations import text_files
 from sparse_coding.activations import token_folder as module
+from sparse_coding.activations.encoding import encoder_of
 from sparse_coding.activations.text import Part, TextSettings, documents, documents_of_both, is_held_out, text_identity
 from sparse_coding.activations.tokenizers import train_byte_bpe
-from sparse_coding.activations.tokens import encoder_of
 from sparse_coding.errors import UserError
 
 LINES = "".join(f"line {i} é 😀😀 漢字{'!' * (i % 7)}\r\n" + "\n" * (i % 5 == 0) for i in range(2000))

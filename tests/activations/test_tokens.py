@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from sparse_coding.activations import encoding
 from sparse_coding.activations import tokens as module
 from sparse_coding.activations.text import TextSettings, documents
 from sparse_coding.activations.tokenizers import character_tokenizer, tokenizer_from_characters, train_byte_bpe
@@ -87,7 +88,7 @@ def packed_by_hand(
 def test_packing_equals_packing_by_hand(
     text: TextSettings, bpe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: int, batch: int
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", batch)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", batch)
     rows, real, is_text = packed_by_hand(TEXTS, bpe, [0], [], [], 0, context)
     packed = pack(text, bpe, tmp_path, context=context)
     assert packed.tokens.tolist() == rows
@@ -246,7 +247,7 @@ def test_train_and_held_out_are_the_parts_of_the_text(text: TextSettings, bpe: A
 def test_max_tokens_is_exact(
     text: TextSettings, bpe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", batch)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", batch)
     stream = flat(pack(text, bpe, tmp_path)).tolist()
     ends = [index + 1 for index, token in enumerate(stream) if token == 0]
     for limit in (1, ends[3] - 1, ends[3], ends[3] + 1, 160, len(stream), len(stream) + 5):
@@ -267,7 +268,7 @@ def test_reading_stops_at_max_tokens(
             yield "the cat sat " * 10
 
     monkeypatch.setattr(module, "documents", far_more)
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1000)
     assert pack(text, bpe, tmp_path, max_tokens=500).n_tokens == 500
     assert len(read) < 50
 
@@ -276,7 +277,7 @@ def test_memory_does_not_grow_with_the_text(
     text: TextSettings, bpe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A text of 6 million characters through batches of 20,000: at no time more than a few batches are held."""
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 20_000)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 20_000)
     monkeypatch.setattr(module, "documents", lambda settings, part: ("the cat " * 500 for _ in range(1500)))
     tracemalloc.start()
     try:
@@ -373,7 +374,7 @@ def test_an_interrupted_run_leaves_nothing(
 
         return replace(own, encode=stop)
 
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1)
     monkeypatch.setattr(module, "encoder_of", failing)
     with pytest.raises(KeyboardInterrupt):
         pack(text, bpe, tmp_path / "cache")
@@ -507,8 +508,8 @@ def test_text_of_which_nothing_is_left_is_an_error(bert: Any, tmp_path: Path) ->
 def test_progress_says_what_was_counted_and_only_when_asked(
     text: TextSettings, bpe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 500)
-    monkeypatch.setattr(module, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(encoding, "REPORT_SECONDS", 0.0)
     packed = pack(text, bpe, tmp_path, progress=True)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 3

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sparse_coding.__main__ import main
-from sparse_coding.activations import tokens
+from sparse_coding.activations import encoding
 from sparse_coding.activations.text import TextSettings, documents
 from sparse_coding.errors import Interrupted, UserError, reported
 from sparse_coding.formats.nanogpt_data import Facts, open_tokens, read_facts
@@ -167,7 +167,7 @@ def test_a_tokenizer_without_end_of_text_is_noted(
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 300)
     monkeypatch.setattr(tokenize_text, "SAVE_SECONDS", 0.0)
 
 
@@ -432,7 +432,7 @@ def test_memory_does_not_grow_with_the_text(
         assert facts.train.tokens == count * 9 // 10 * 41
         return found
 
-    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 10_000)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 10_000)
     monkeypatch.setattr(tokenize_text, "SAVE_SECONDS", 10.0)
     text = write_jsonl(tmp_path / "a.jsonl", ["not read"])
     word_tokenizer(tmp_path / "words", 3)
