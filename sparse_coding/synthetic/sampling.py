@@ -56,7 +56,7 @@ def with_sum(weights: Float[Tensor, "*rows G"], total: float) -> Float[Tensor, "
     than `total` weights above zero (they can underflow) sums to less.
     """
     p = weights * (total / weights.sum(-1, keepdim=True).clamp(min=1e-30))
-    if float(p.max()) <= 1:
+    if p.device.type == "cpu" and float(p.max()) <= 1:  # a shortcut; asking a GPU would cost more than it saves
         return p
     sizes = weights.sort(dim=-1, descending=True).values
     rest = sizes.flip(-1).cumsum(-1).flip(-1).clamp(min=1e-30)  # sum of the m-th largest weight and all smaller ones

@@ -106,11 +106,7 @@ class World:
         if self.settings.covariance == "uncorrelated":
             return with_sum(self._decay[None], self.settings.mean_active)
         z = torch.randn(n_draws, self.settings.n_features, generator=gen)
-        if self._factor is not None:
-            z = z @ self._factor.T
-        u = torch.special.ndtr(z)
-        weights = u**self._decay if self.settings.decay == "power" else u * self._decay
-        return with_sum(weights, self.settings.mean_active)
+        return probabilities_from(self.settings, z, self._factor, self._decay)
 
     def _generator(self, draw: int) -> torch.Generator:
         return generator(self.settings.seed, "world", draw)
@@ -129,6 +125,17 @@ def check_position(step: int, batch_size: int, split: str) -> None:
         raise UserError(f"step = {step} is out of range; it must be at least 0 and below 2^{STEP_BITS}")
     if batch_size < 1:
         raise UserError(f"batch_size = {batch_size} is out of range; it must be at least 1")
+
+
+def probabilities_from(
+    settings: WorldSettings,
+    normal: Float[Tensor, "n G"],
+    factor: Float[Tensor, "G G"] | None,
+    decay: Float[Tensor, " G"],
+) -> Float[Tensor, "n G"]:
+    """p from independent normal numbers, by the factor of the covariance and what u is multiplied by."""
+    u = torch.special.ndtr(normal if factor is None else normal @ factor.T)
+    return with_sum(u**decay if settings.decay == "power" else u * decay, settings.mean_active)
 
 
 def covariance_matrix(settings: WorldSettings) -> Float[Tensor, "G G"]:
