@@ -76,6 +76,7 @@ def _columns(records: Sequence[Record]) -> list[Column]:
     def measured(name: str) -> Column:
         return Column(*METRICS[name], lambda record: number_cell(metric(record, name)), has(records, name))
 
+    updates = {record.get("updates") for record in records}
     in_use = {knob_name([record]) for record in records}
     knobs = [name for name in KNOBS if name in in_use]
     columns = [
@@ -88,6 +89,7 @@ def _columns(records: Sequence[Record]) -> list[Column]:
         exact("d_sae", "number of latents"),
         exact("lr", "learning rate"),
         exact("seed"),
+        Column("updates", "done when it stopped", lambda record: _exact(record.get("updates")), len(updates) > 1),
         *map(measured, METRICS),
     ]
     return [column for column in columns if column.shown]

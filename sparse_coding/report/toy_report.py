@@ -61,7 +61,7 @@ def write_toy_report(folder: Path) -> Path:
         title="Do sparse dictionaries find the true features?",
         subtitle="Toy study",
         facts=facts(run.settings, _shape(run.records, run.settings, controls)),
-        summary=_summary(run.records, controls),
+        summary=_summary(run.records, controls) + _settled(run.records, number(look_up(run.settings, "steps"))),
         warnings=health_warnings(run.records),
         sections=sections,
     )
@@ -167,6 +167,18 @@ def _summary(records: list[Record], controls: Mapping[str, Any]) -> list[str]:
         name = max(rivals, key=lambda key: rivals[key])
         said.append(f"The strongest baseline at that ratio, {name}, reaches {rivals[name]:.3f}.")
     return said
+
+
+def _settled(records: list[Record], steps: float) -> list[str]:
+    """How many members stopped before the last of the run's `steps`, where any did."""
+    early = [int(value) for record in records if (value := number(record.get("updates"))) < steps]
+    if not early:
+        return []
+    first, last = (f"{value:,}" for value in (min(early), max(early)))
+    return [
+        f"{_count(len(early), 'dictionary', 'dictionaries')} settled and stopped early, after "
+        f"{first if first == last else f'{first} to {last}'} of {steps:,.0f} updates."
+    ]
 
 
 def _count(number: int, word: str, plural: str = "") -> str:

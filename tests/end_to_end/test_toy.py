@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,40 @@ def test_the_published_preset_is_the_published_grid():
     assert chosen.steps == 20_000
 
 
+def test_the_fast_preset_is_the_published_grid_in_fewer_updates():
+    full, fast = SCRIPT["GRIDS"]["full"], SCRIPT["GRIDS"]["fast"]
+    assert (fast.l1, fast.ratios, fast.world) == (full.l1, full.ratios, full.world)
+    assert fast.steps < full.steps
+    assert fast.settling.every > 0 == full.settling.every
+
+
+def test_dictionaries_that_died_stop_early_and_the_report_tells(tmp_path, monkeypatch):
+    fast = SCRIPT["GRIDS"]["fast"]
+    soon, short = replace(fast.settling, every=20), replace(fast.optimizer, warmup_steps=20)
+    monkeypatch.setitem(SCRIPT["GRIDS"], "fast", replace(fast, settling=soon, optimizer=short))
+    out = tmp_path / "toy"
+    words = ("--world", "quick", "--l1", "0.1", "3", "--ratios", "0.25", "--lr", "0.01", "--steps", "240")
+    report = study("--preset", "fast", *words, "--eval-samples", "3000", "--out", str(out))
+    living, dead = read_lines(out / "results.jsonl")
+    assert living["updates"] == 240 > dead["updates"]
+    assert f"1 dictionary settled and stopped early, after {dead['updates']} of 240 updates" in report.read_text()
+    known = json.loads((out / "settings.json").read_text())["run"]
+    assert (known["lr"], known["training"]["settling"]["every"]) == (0.01, 20)
+    assert known["training"]["optimizer"]["warmup_steps"] == 20
+
+
+def test_what_a_preset_trains_with_can_be_said_otherwise():
+    def trained(*words):
+        return SCRIPT["training_of"](*SCRIPT["complete"](parse(SCRIPT["Study"], words, "replicate_toy_models.py", "")))
+
+    fast = trained("--preset", "fast")
+    assert fast.optimizer.warmup_steps > 0
+    assert trained("--preset", "fast", "--stop-settled", "False").settling.every == 0
+    assert trained("--preset", "full").settling.every == 0
+    assert trained("--preset", "full", "--stop-settled", "True").settling == fast.settling
+    assert trained("--preset", "full", "--stop-settled", "True").optimizer.warmup_steps == 0
+
+
 def test_the_full_grid_fits_in_memory():
     from sparse_coding.config import numbers
 
@@ -130,7 +165,7 @@ def test_the_full_grid_fits_in_memory():
     ("words", "message"),
     [
         (["--world", "hoagy"], "did you mean 'hoagy-2023"),
-        (["--preset", "fast"], "--preset"),
+        (["--preset", "fastest"], "--preset"),
         (["--l1", "-1"], "L1 coefficient is -1"),
         (["--ratios", "0"], "a ratio is 0.0: it must be a positive number"),
         (["--steps", "0"], "steps is 0"),
