@@ -7,9 +7,10 @@
 
 Every contender is a process of its own with the library's own trainer and optimiser (rivals/speed_*.py): once at its
 defaults, and with those of its switches that make it faster. They take turns, a few steps each, while the others
-wait; the first turn is a warm-up. Tokens/s are the median over turns, and over the whole run where the cost changes
-as training goes on ("run"). FVU and L0 after the same number of steps on rows nobody trained on: at their defaults
-the peers have other learning rates and warm-ups. Memory: the most held beyond what the imports took.
+wait; the first turn is a warm-up. Tokens/s are the median over turns, and over the run. Where the cost changes as
+training goes on, as with ReLU-L1, which starts dense, the run is long enough for it and nothing of it is left out; L0
+after each turn tells how dense each contender is. FVU and L0 after the same number of steps on rows nobody trained on:
+at their defaults the peers have other learning rates and warm-ups. Memory: the most held beyond what the imports took.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ from sparse_coding.provenance import provenance
 
 HERE = Path(__file__).parent
 PACKAGES = {"saelens": "sae-lens", "sparsify": "eai-sparsify", "dictionary_learning": "dictionary-learning"}
+DEFAULTS, FASTEST, AUTOCAST = "the fastest at its defaults", "the fastest", "saelens + autocast"
 HELD_OUT = 8192
+COUNTED = 256
+"""Held-out rows on which L0 is counted after each turn."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +54,21 @@ class Case:
     l1: float = 1.0
     members: int = 1
     steps_per_turn: int = 4
-    fixed: str = ""
-    """What is asked of us, in words, for the table."""
+    whole_turns: int = 0
+    """Turns of a run that is timed as a whole, the first among them; 0: those of --turns, after a warm-up."""
+    asked: tuple[tuple[str, float], ...] = ()
+    """How many times as fast as whom (see `slower`) we ought to be."""
 
 
 CASES = {
-    "topk": Case("topk", 512, 8192, 2048, fixed="4x fastest default, 3x fastest switches, 8x SAELens"),
-    "relu": Case("relu", 512, 8192, 2048, fixed="3x SAELens, 1.5x its autocast, over the run"),
+    "topk": Case("topk", 512, 8192, 2048, asked=((DEFAULTS, 4), (FASTEST, 3), ("saelens", 8))),
+    "relu": Case("relu", 512, 8192, 2048, steps_per_turn=16, whole_turns=11, asked=(("saelens", 3), (AUTOCAST, 1.5))),
     "topk-32x": Case("topk", 768, 24576, 2048, steps_per_turn=2),
     "batchtopk": Case("batchtopk", 512, 8192, 2048),
-    "sweep-16": Case("relu", 256, 1024, 1024, members=16, fixed="6x SAELens, 1.4x its autocast"),
-    "sweep-16-topk": Case("topk", 256, 1024, 1024, members=16, fixed="2x the fastest"),
-    "sweep-64-small": Case("relu", 64, 128, 256, members=64, steps_per_turn=20, fixed="5x the fastest"),
-    "sweep-64": Case("relu", 64, 256, 1024, members=64, steps_per_turn=8, fixed="2.5x the fastest"),
+    "sweep-16": Case("relu", 256, 1024, 1024, members=16, asked=(("saelens", 6), (AUTOCAST, 1.4))),
+    "sweep-16-topk": Case("topk", 256, 1024, 1024, members=16, asked=((FASTEST, 2),)),
+    "sweep-64-small": Case("relu", 64, 128, 256, members=64, steps_per_turn=20, asked=((FASTEST, 5),)),
+    "sweep-64": Case("relu", 64, 256, 1024, members=64, steps_per_turn=8, asked=((FASTEST, 2.5),)),
 }
 CONTENDERS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "topk": (
@@ -122,33 +128,37 @@ def version(python: str, package: str) -> str:
 def compare(name: str, case: Case, flags: argparse.Namespace, pythons: dict[str, str]) -> list[dict[str, Any]]:
     """Every contender on one case, in turns."""
     chosen = [one for one in CONTENDERS[case.kind] if one[0] in flags.contenders]
+    turns, warm_ups = (case.whole_turns, 0) if case.whole_turns else (flags.turns, 1)
     with tempfile.TemporaryDirectory() as scratch:
         job = {**vars(case), **write_rows(case, Path(scratch))}
-        job |= {"threads": flags.threads, "steps": case.steps_per_turn * (flags.turns + 1)}
+        job |= {"threads": flags.threads, "steps": case.steps_per_turn * (turns + warm_ups)}
         running = [Process(pythons[peer], peer, switches, job) for peer, switches in chosen]
         try:
             seconds: list[list[float]] = [[] for _ in running]
-            for turn in range(flags.turns + 1):
+            l0: list[list[float]] = [[] for _ in running]
+            for turn in range(turns + warm_ups):
                 for index, process in enumerate(running):
                     taken = process.ask({"steps": case.steps_per_turn})["seconds"]
-                    if turn:
+                    if turn >= warm_ups:
                         seconds[index].append(taken)
+                    if case.whole_turns:
+                        l0[index].append(process.ask({"l0": COUNTED})["l0"])
             measured = [process.ask({"measure": 1}) for process in running]
         finally:
             for process in running:
                 process.close()
     tokens = case.batch * case.members * case.steps_per_turn
     found = []
-    for (peer, switches), taken, facts in zip(chosen, seconds, measured, strict=True):
+    for (peer, switches), taken, counts, facts in zip(chosen, seconds, l0, measured, strict=True):
         rates = {
             "tokens_per_s": tokens / statistics.median(taken),
             "run_tokens_per_s": tokens * len(taken) / sum(taken),
         }
-        found.append({"peer": peer, "switches": list(switches), **rates, "seconds": taken, **facts})
-        label = " ".join([peer, *switches])
-        print(
-            f"{name:16s} {label:40s} {rates['tokens_per_s']:12,.0f} tokens/s {facts['peak_mib']:8.0f} MiB", flush=True
+        found.append(
+            {"peer": peer, "switches": list(switches), **rates, "seconds": taken, "l0_by_turn": counts, **facts}
         )
+        told = f"{rates['tokens_per_s']:12,.0f} tokens/s {facts['peak_mib']:8.0f} MiB"
+        print(f"{name:16s} {label(found[-1]):40s} {told}", flush=True)
     return found
 
 
@@ -206,9 +216,41 @@ def write(name: str, facts: dict[str, Any], results: list[dict[str, Any]]) -> No
     made = f"{facts['date'][:10]}, torch {facts['versions']['torch']}, {facts['threads']} threads"
     lines = ["Steps of training beside the peers: `python benchmarks/peers.py`", ""]
     lines += [f"{made}; {peers}. {facts['turns']} turns.", ""]
+    lines += summary(results)
     for result in results:
         lines += table(result)
     (folder / f"{name}.md").write_text("\n".join(lines))
+
+
+def label(one: dict[str, Any]) -> str:
+    return " + ".join([one["peer"], *one["switches"]])
+
+
+def ours_of(result: dict[str, Any]) -> dict[str, Any] | None:
+    return next((one for one in result["contenders"] if label(one) == "ours"), None)
+
+
+def slower(result: dict[str, Any], whom: str) -> list[dict[str, Any]]:
+    """The contenders that `whom` speaks of: DEFAULTS, FASTEST (with any switches), or one by its label."""
+    peers = [one for one in result["contenders"] if one["peer"] != "ours"]
+    if whom == FASTEST:
+        return peers
+    return [one for one in peers if (not one["switches"] if whom == DEFAULTS else label(one) == whom)]
+
+
+def summary(results: list[dict[str, Any]]) -> list[str]:
+    """What is asked and what was measured: over the whole run where it is timed as one."""
+    lines = ["| | faster than | asked | measured | peak MiB, ours | the leanest peer |", "|" + "---|" * 6]
+    for result in results:
+        ours, rate = ours_of(result), "run_tokens_per_s" if result["whole_turns"] else "tokens_per_s"
+        if ours is None or not slower(result, FASTEST):
+            continue
+        leanest = min(one["peak_mib"] for one in slower(result, FASTEST))
+        memory = f"{ours['peak_mib']:,.0f} | {leanest:,.0f}"
+        for whom, times in result["asked"] or ((FASTEST, 0),):
+            found = ours[rate] / max(one[rate] for one in slower(result, whom))
+            lines.append(f"| {result['case']} | {whom} | {f'{times:g}x' if times else ''} | {found:.1f}x | {memory} |")
+    return [*lines, ""]
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -217,20 +259,23 @@ def table(result: dict[str, Any]) -> list[str]:
     head = (
         f"{shape}{result['kind']}, d_in {result['d_in']}, d_sae {result['d_sae']}, batch {result['batch']}, {sparsity}"
     )
-    lines = [f"## {result['case']}: {head}", ""]
-    if result["fixed"]:
-        lines += [f"Asked: {result['fixed']}.", ""]
-    ours = next((one for one in result["contenders"] if one["peer"] == "ours" and not one["switches"]), None)
+    lines, ours = [f"## {result['case']}: {head}", ""], ours_of(result)
     lines += ["| | tokens/s | over the run | ours is | over the run | peak MiB | FVU | L0 |", "|" + "---|" * 8]
     for one in result["contenders"]:
         times = ["", ""]
         if ours and one is not ours:
             times = [f"{ours[rate] / one[rate]:.2f}x" for rate in ("tokens_per_s", "run_tokens_per_s")]
-        label = " + ".join([one["peer"], *one["switches"]])
-        cells = [label, f"{one['tokens_per_s']:,.0f}", f"{one['run_tokens_per_s']:,.0f}", *times]
+        cells = [label(one), f"{one['tokens_per_s']:,.0f}", f"{one['run_tokens_per_s']:,.0f}", *times]
         cells += [f"{one['peak_mib']:,.0f}", f"{statistics.mean(one['fvu']):.4f}", f"{statistics.mean(one['l0']):.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    lines.append("")
+    if result["whole_turns"]:
+        lines += [f"L0 after each {result['steps_per_turn']} steps:", ""]
+        for one in result["contenders"]:
+            counts = ", ".join(f"{count:,.0f}" for count in one["l0_by_turn"])
+            lines.append(f"* {label(one)}: {counts}")
+        lines.append("")
+    return lines
 
 
 if __name__ == "__main__":

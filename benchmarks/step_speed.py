@@ -1,4 +1,4 @@
-"""Speed of one training step: the sparse step in C++, in torch's operators, and the definition by autograd.
+"""Speed of one training step: in C++, in torch's operators, and the definition by autograd.
 
     python benchmarks/step_speed.py [--threads 2] [--repeats 15] [--only topk-512x8192] [--skip definition]
     python benchmarks/step_speed.py --profile --threads 1
@@ -6,8 +6,8 @@
 What is timed is the whole of `Trainer.advance`: reading a batch that is in memory, the gradients, the optimiser, unit
 norms, dead-latent clocks and the sums for the log. Methods take turns, so that a busy machine slows all of them alike;
 medians are shown, and the processor time of a step, of all threads, to which other programs add little. Beside them
-stands the limit: the encoder's product alone, by torch, and one pass of Adam over memory (24 bytes a parameter) at the
-rate of a large copy.
+stands the limit: the products that cannot be left out (the encoder's; of a dense step all five) alone, by torch, and
+one pass of Adam over memory (24 bytes a parameter) at the rate of a large copy. relu stays dense on these rows.
 
 It writes benchmarks/results/step_speed-THREADS.md and .json. With --profile it prints where the processor time of the
 C++ step goes instead.
@@ -32,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sparse_coding.dictionaries import architecture
-from sparse_coding.kernels import sparse_native
+from sparse_coding.kernels import dense_native, sparse_native
 from sparse_coding.provenance import provenance
 from sparse_coding.training.precision import products_dtype
 from sparse_coding.training.stream import TensorStream
@@ -62,8 +62,12 @@ CONFIGURATIONS = {
     "jumprelu-512x8192": Configuration(
         "jumprelu", 512, 8192, 2048, {"initial_threshold": 2.66}, {"l0_coefficient": [1]}
     ),
+    "relu-512x8192": Configuration("relu", 512, 8192, 2048, varied={"l1_coefficient": [1]}),
     "topk-768x24576": Configuration("topk", 768, 24576, 2048, varied={"k": [32]}),
     "topk-16-of-256x1024": Configuration("topk", 256, 1024, 1024, varied={"k": list(range(25, 41))}),
+    "relu-16-of-256x1024": Configuration(
+        "relu", 256, 1024, 1024, varied={"l1_coefficient": [1 + i / 16 for i in range(16)]}
+    ),
     "topk-64-of-64x128": Configuration(
         "topk", 64, 128, 256, varied={"k": [8], "auxk_coefficient": [i / 64 for i in range(64)]}
     ),
@@ -79,7 +83,10 @@ def method(name: str, kind: type) -> Iterator[None]:
     if name == "C++":
         yield
     elif name == "operators":
-        with mock.patch.object(sparse_native, "loaded", return_value=None):
+        with (
+            mock.patch.object(sparse_native, "loaded", return_value=None),
+            mock.patch.object(dense_native, "loaded", return_value=None),
+        ):
             yield
     else:
         with mock.patch.object(kind, "fused_gradients", return_value=None):
@@ -111,14 +118,16 @@ def interleaved(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str,
 
 
 def limit(one: Configuration, n_members: int) -> Callable[[], None]:
-    """The least a step could take: the encoder's product, and reading and writing what Adam changes."""
+    """The least a step could take: the products, and reading and writing what Adam changes."""
+    products = 5 if one.architecture == "relu" else 1
     dtype = products_dtype("auto", "cpu")
     x, W = torch.randn(one.batch, one.d_in).to(dtype), torch.randn(one.d_in, one.d_sae).to(dtype)
     state = torch.zeros(6 * one.d_in * one.d_sae)  # 3 read, 3 written for each of 2 matrices
 
     def run() -> None:
         for _ in range(n_members):
-            torch.mm(x, W)
+            for _ in range(products):
+                torch.mm(x, W)
             state[: state.numel() // 2].copy_(state[state.numel() // 2 :])
 
     return run

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from sparse_coding.activations.capture import capture as captured_activations
 from sparse_coding.activations.end_to_end import EndToEndStream
+from sparse_coding.activations.fused import compile_blocks
 from sparse_coding.activations.models import WEIGHTS, LanguageModel, cut_padding, load_model
 from sparse_coding.activations.paired import JoinedStream, PairedStream
+from sparse_coding.activations.ring import RingStream
 from sparse_coding.activations.sites import resolve_all, site_name
 from sparse_coding.activations.stream import ActivationStream
 from sparse_coding.activations.tokenizers import load_tokenizer
@@ -168,8 +170,16 @@ def capture(settings: RunSettings) -> Captured:
 
 def open_model(flags: SourceFlags) -> tuple[LanguageModel, list[str]]:
     """The model and the names of the sites asked for."""
-    model = load_model(flags.model, device=flags.device, dtype=flags.model_dtype, gelu=flags.gelu)
+    model = load_as(flags, flags.model)
     return model, list(flags.sites) or [site_name(model, layer, flags.location) for layer in flags.layer]
+
+
+def load_as(flags: SourceFlags, name: str) -> LanguageModel:
+    """A model by name, on the device and in the form that the flags say."""
+    model = load_model(name, device=flags.device, dtype=flags.model_dtype, gelu=flags.gelu)
+    if flags.compile_model:
+        compile_blocks(model.hf)
+    return model
 
 
 def open_tokenizer(flags: SourceFlags, model: LanguageModel) -> Any:
@@ -257,10 +267,14 @@ def open_source(
     rows, loss = settings.training, settings.sweep.loss
     check = settings.safety.nan == "stop"  # else the trainer looks, and leaves batches out
     if loss not in END_TO_END:
-        return ActivationStream(
-            model, training, sites,
-            batch_size=rows.batch_size, buffer_rows=rows.buffer_rows, seed=rows.data_seed, check_finite=check,
-        )  # fmt: skip
+        shared: dict[str, Any] = {
+            "batch_size": rows.batch_size,
+            "buffer_rows": rows.buffer_rows,
+            "seed": rows.data_seed,
+        }
+        if model.device.type == "cuda":
+            return RingStream(model, training, sites, n_batches=settings.steps, **shared)
+        return ActivationStream(model, training, sites, **shared, check_finite=check)
     context = training.tokens.shape[1]
     if rows.batch_size % context:
         raise UserError(
@@ -285,7 +299,7 @@ def with_other_models(
     flags, context = settings.model, first.contexts.tokens.shape[1]
     streams = {short_name(flags.model): first}
     for name in flags.also_model:
-        model = load_model(name, device=flags.device, dtype=flags.model_dtype, gelu=flags.gelu)
+        model = load_as(flags, name)
         training = packed_text(settings, load_tokenizer(flags.tokenizer or model.path), context, "train")
         key = short_name(name)
         if key in streams:

@@ -102,7 +102,8 @@ def describe(settings: RunSettings, captured: Captured, members: list[Member], t
         shown = [f"{site} (width {widths[site]})" for site in captured.trained_sites]
     rows = training.steps * captured.stream.batch_size
     epochs = rows / captured.source.rows_per_epoch
-    print(f"model {settings.model.model} on {captured.device}: {', '.join(shown)}")
+    where = captured.device if captured.model is None else captured.model.runs_on
+    print(f"model {settings.model.model} on {where}: {', '.join(shown)}")
     kept = "" if captured.held_out is None else f"{quantity(captured.held_out.n_tokens)} tokens held out"
     passes = f"{epochs:.2g} passes over {'the text' if captured.stores is None else 'the stores'}"
     for line in captured.stores.lines if captured.stores else []:

@@ -4,6 +4,7 @@
 
 Reads a job (JSON) as its first line, then one command a line, and answers each with a line of JSON:
     {"steps": n}      train n steps: how long they took
+    {"l0": n}         L0 of the first member on n held-out rows
     {"measure": 1}    FVU and L0 of every member on the held-out rows, and the most memory held since the job came
 """
 
@@ -30,6 +31,7 @@ class Contender(Protocol):
 
     def reconstruct(self, member: int, x: Any) -> tuple[Any, Any]:
         """(x_hat, codes) of held-out rows."""
+        ...
 
 
 def main(name: str) -> None:
@@ -51,6 +53,10 @@ def main(name: str) -> None:
                 contender.update(step, rows(job, torch, step))
                 step += 1
             answer = {"seconds": time.perf_counter() - began}
+        elif n := command.get("l0"):
+            with torch.no_grad():
+                f = contender.reconstruct(0, held_out(job, torch, n))[1]
+            answer = {"l0": float((f != 0).sum()) / n}
         else:
             answer = {"peak_mib": (status("VmHWM") - before) / 2**20, **measure(contender, job, torch)}
         print(json.dumps(answer), file=answers, flush=True)
@@ -64,8 +70,13 @@ def rows(job: dict[str, Any], torch: Any, step: int) -> Any:
     return torch.from_numpy(found.reshape(batch, d_in))
 
 
+def held_out(job: dict[str, Any], torch: Any, rows: int = -1) -> Any:
+    found = np.fromfile(job["held_out"], np.float32, max(rows * job["d_in"], -1))
+    return torch.from_numpy(found.reshape(-1, job["d_in"]))
+
+
 def measure(contender: Any, job: dict[str, Any], torch: Any) -> dict[str, Any]:
-    x = torch.from_numpy(np.fromfile(job["held_out"], np.float32).reshape(-1, job["d_in"]))
+    x = held_out(job, torch)
     total = (x - x.mean(0)).square().sum()
     fvu, l0 = [], []
     with torch.no_grad():

@@ -9,7 +9,7 @@ computation has `[M]` in front of every parameter and sees the same `x` in each 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -36,6 +36,10 @@ class Moment(NamedTuple):
     """Latents that count as dead; None where none can be yet. Read by AuxK and ghost gradients alone."""
     error: ErrorFunction | None = None
     """An error of x_hat in place of the settings' own: what a language model loses with x_hat put in (end to end)."""
+
+    def of(self, members: slice) -> Moment:
+        """The moment of some members of the stack alone."""
+        return self._replace(dead=None if self.dead is None else self.dead[members])
 
 
 SETTLED = Moment()
@@ -198,6 +202,11 @@ class TrainableDictionary(Dictionary):
         """A fast step equal to autograd of `loss`, its products in `dtype`; None where `kernels` holds none."""
         return None
 
+    def branch(self, moment: Moment) -> Hashable | None:
+        """What the loss makes of the step number: once sparsity has warmed up, steps of equal branches run the same
+        operations with the same numbers. None: no two steps do."""
+        return ()
+
     @abc.abstractmethod
     def constrain_gradients_(self, gradients: Mapping[str, Tensor]) -> None:
         """Change the gradients in place before the optimiser's step."""
@@ -233,6 +242,13 @@ class TrainableDictionary(Dictionary):
     @property
     def d_in(self) -> int:
         return self.settings.d_in
+
+    def part(self, members: slice):
+        """Some members of a stack as a stack of their own that shares its memory."""
+        values = {**self.tensors(), **self.state()}
+        hyper = {name: getattr(self, name) for name in self.settings.per_member}
+        cut = ({name: value[members] for name, value in group.items()} for group in (values, hyper))
+        return type(self)(self.settings, *cut)
 
     def member(self, index: int, settings: DictionarySettings):
         """Member `index` of a stack as a dictionary of its own (a copy)."""

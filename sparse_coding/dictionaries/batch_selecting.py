@@ -24,6 +24,7 @@ from sparse_coding.dictionaries.linear_settings import DeadLatents, LinearSettin
 from sparse_coding.dictionaries.selection import (
     following_threshold,
     largest_of_batch,
+    most_warmed_up,
     require_k,
     smallest_kept,
     warmed_up,
@@ -96,7 +97,8 @@ class BatchSelecting(LinearDictionary):
         settings = self.settings
         k = warmed_up(self.k, moment.sparsity, settings.d_in, settings.d_sae)
         count = (k * len(x)).long().clamp(1, len(x) * settings.d_sae)
-        fast = sparse_gradients(self, x, target, moment, dtype, rule="batch", k=count, ends=ends)
+        most = len(x) * most_warmed_up(self.largest["k"], moment.sparsity, settings.d_in, settings.d_sae)
+        fast = sparse_gradients(self, x, target, moment, dtype, rule="batch", k=count, most=most, ends=ends)
         if fast is None:
             return None
         assert fast.sparse.smallest is not None

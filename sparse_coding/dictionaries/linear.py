@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,10 @@ from sparse_coding.dictionaries.linear_settings import LinearSettings
 from sparse_coding.dictionaries.normalise import Affine
 from sparse_coding.dictionaries.objective import auxk_error, ghost_error, reconstruction_error
 from sparse_coding.dictionaries.start import initial_bias, initial_weights
+from sparse_coding.kernels import unit_rows
+
+if TYPE_CHECKING:
+    from sparse_coding.kernels.triton.adam import RowAdam
 
 RESTARTED_NORM = 0.2
 """Length of a restarted encoder column, in mean lengths of the living ones (Bricken et al. 2023)."""
@@ -38,6 +42,10 @@ class LinearDictionary(TrainableDictionary):
     """Parameters that are set back to 0 where a step leaves them below."""
     compares_latents: ClassVar[bool] = False
     """Whether latents compete for a place, so that the norms of free atoms decide too."""
+    learning: RowAdam | None = None
+    """On a GPU: the optimiser, for a step that can update W_enc and W_dec itself instead of giving their gradients."""
+    density: float = 0.0
+    """On a GPU: the largest share of a member's entries that was active when the log was last written."""
     W_enc: Float[Tensor, "... d_in d_sae"]
     b_enc: Float[Tensor, "... d_sae"]
     W_dec: Float[Tensor, "... d_sae d_out"]
@@ -169,7 +177,7 @@ class LinearDictionary(TrainableDictionary):
         d_in, d_out = settings.d_in, settings.target_width
         b_dec = initial_bias(settings.b_dec_init, sample and sample.target, d_out)
         W_enc, b_enc, W_dec = initial_weights(
-            settings.init, d_in, d_out, settings.d_sae, settings.init_norm, settings.d_out is not None,
+            settings.init, d_in, d_out, settings.d_sae, settings.start_norm, settings.d_out is not None,
             generator, sample, b_dec, settings.subtracts,
         )  # fmt: skip
         values = {"W_dec": W_dec}
@@ -183,7 +191,7 @@ class LinearDictionary(TrainableDictionary):
             values["W_skip"] = torch.zeros(d_out, d_in)
         values |= cls.own_values(settings)
         if settings.decoder == "unit":
-            normalise_rows_(values["W_dec"])
+            unit_rows.normalise_(values["W_dec"])
         return values
 
     @torch.no_grad()
@@ -209,14 +217,13 @@ class LinearDictionary(TrainableDictionary):
     # ---- what the trainer does around a step
 
     def constrain_gradients_(self, gradients: Mapping[str, Tensor]) -> None:
-        if self.settings.decoder == "unit" and self.settings.remove_parallel_gradient:
-            atoms, gradient = self.W_dec.detach(), gradients["W_dec"]
-            gradient.addcmul_(atoms, (atoms * gradient).sum(-1, keepdim=True), value=-1)
+        if self.settings.decoder == "unit" and self.settings.remove_parallel_gradient and "W_dec" in gradients:
+            unit_rows.project_(gradients["W_dec"], self.W_dec.detach())
 
     @torch.no_grad()
     def constrain_(self, values: Mapping[str, Tensor]) -> None:
-        if self.settings.decoder == "unit":
-            normalise_rows_(values["W_dec"])
+        if self.settings.decoder == "unit" and "W_dec" in values:
+            unit_rows.normalise_(values["W_dec"])
         for name in self.nonnegative:
             values[name].clamp_(min=0)
 
@@ -264,9 +271,3 @@ class LinearDictionary(TrainableDictionary):
             own["architecture"] = kind if name == "standard" else f"{name}_{kind}"
             own["d_out"] = settings.d_out
         return {**own, "apply_b_dec_to_input": settings.subtracts}
-
-
-def normalise_rows_(rows: Float[Tensor, "... n d"]) -> None:
-    """Rows to unit norm in place; a zero row stays zero."""
-    norms = rows.norm(dim=-1, keepdim=True)
-    rows.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))

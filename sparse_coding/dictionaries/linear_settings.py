@@ -39,9 +39,9 @@ class LinearSettings(DictionarySettings):
     """How the distance to the target is measured: mse, fvu, l2 (see objective.py)."""
     init: Init = "transpose"
     """Initial weights: transpose, orthogonal, kaiming, data, zero, toy-2023 (see start.py)."""
-    init_norm: float = 1.0
+    init_norm: float | None = 1.0
     """Length of the initial encoder columns, and of the initial atoms where the decoder is free; kaiming and toy-2023
-    have their own."""
+    have their own. None: as `start_norm` has it."""
     b_dec_init: BiasInit = "zero"
     """Initial b_dec: zero, mean, geometric-median."""
     dead_latents: DeadLatents = "none"
@@ -90,7 +90,7 @@ class LinearSettings(DictionarySettings):
             raise UserError("init zero starts with atoms of norm 0, which a unit decoder cannot have: use decoder free")
         require_bias(self.decoder_bias, self.b_dec_init)
         require_weight("auxk_coefficient", self.auxk_coefficient)
-        if not 0 < self.init_norm < math.inf:
+        if self.init_norm is not None and not 0 < self.init_norm < math.inf:
             raise UserError(f"init_norm is {self.init_norm}: it must be a positive number")
         if self.init in ("kaiming", "toy-2023") and self.init_norm != type(self).init_norm:
             raise UserError(
@@ -102,6 +102,18 @@ class LinearSettings(DictionarySettings):
     @property
     def target_width(self) -> int:
         return self.d_in if self.d_out is None else self.d_out
+
+    @property
+    def start_norm(self) -> float:
+        """The initial length: `init_norm`, or what makes x_hat about as long as x where nothing selects among latents.
+
+        With W_enc = n W_dec^T half the latents are active and x_hat is about n d_sae / (2 d_in) x: at 16 times the
+        width, unit columns start eight times too long. Never above 1.
+        """
+        if self.init_norm is not None:
+            return self.init_norm
+        fitting = min(1.0, 2 * self.d_in / self.d_sae)
+        return fitting if self.decoder == "unit" else fitting**0.5
 
     @property
     def subtracts(self) -> bool:

@@ -14,7 +14,7 @@ forgets: `smoothing` e replaces f^p by (f + e)^p - e^p; 0 is the formula of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final, get_args
 
@@ -122,12 +122,17 @@ class Lp(LinearDictionary):
         state = self.following_scale(stop_gradient(sizes), stop_gradient(penalty), stage, moment)
         return self.finish(total, {"penalty": penalty}, pre, f, x_hat, target, moment, state)
 
+    def stages(self, moment: Moment) -> tuple[int, ...]:
+        """The stage of this step and of the next ten, as far as the run goes."""
+        last = min(moment.step + COMPARED_STEPS, moment.steps - 1)
+        return tuple(self.settings.stage(step, moment.steps) for step in range(moment.step, last + 1))
+
+    def branch(self, moment: Moment) -> Hashable | None:
+        return self.stages(moment)
+
     def following_scale(self, f: Tensor, penalty: Tensor, stage: int, moment: Moment) -> dict[str, Tensor]:
         """The state after this step: p changes where the stage of one of the next ten steps is another."""
-        settings, steps = self.settings, moment.steps
-        ahead = [
-            settings.stage(moment.step + i, steps) for i in range(1, COMPARED_STEPS + 1) if moment.step + i < steps
-        ]
+        settings, ahead = self.settings, self.stages(moment)[1:]
         coming = next((other for other in ahead if other != stage), None)
         if coming is None:
             return {}

@@ -20,13 +20,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries.base import SETTLED, DictionarySettings, Losses, Moment, Sample, TrainableDictionary
-from sparse_coding.dictionaries.linear import normalise_rows_
 from sparse_coding.dictionaries.linear_settings import require_bias, require_weight
 from sparse_coding.dictionaries.normalise import Affine
 from sparse_coding.dictionaries.objective import ErrorKind, reconstruction_error
 from sparse_coding.dictionaries.selection import require_k
 from sparse_coding.dictionaries.start import BiasInit, initial_bias, initial_weights
 from sparse_coding.errors import UserError
+from sparse_coding.kernels import unit_rows
 
 Start = Literal["transpose", "orthogonal", "data"]
 
@@ -128,12 +128,11 @@ class MatchingPursuit(TrainableDictionary):
         return Losses(error, {"squared_error": residual.square().sum(-1).mean(-1)}, f, x_hat)
 
     def constrain_gradients_(self, gradients: Mapping[str, Tensor]) -> None:
-        atoms, gradient = self.W_dec.detach(), gradients["W_dec"]
-        gradient.addcmul_(atoms, (atoms * gradient).sum(-1, keepdim=True), value=-1)
+        unit_rows.project_(gradients["W_dec"], self.W_dec.detach())
 
     @torch.no_grad()
     def constrain_(self, values: Mapping[str, Tensor]) -> None:
-        normalise_rows_(values["W_dec"])
+        unit_rows.normalise_(values["W_dec"])
 
     @torch.no_grad()
     def restart_(self, latents: Tensor, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_in"]) -> None:

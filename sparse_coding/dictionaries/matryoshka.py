@@ -15,6 +15,7 @@ prefixes twice). Random prefixes: Nabeshima, "Matryoshka sparse autoencoders" (2
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from typing import Literal, final, get_args
 
@@ -76,6 +77,9 @@ class Matryoshka(BatchSelecting):
             return group_ends(settings.group_fractions, settings.d_sae)
         generator = torch.Generator().manual_seed(step)
         return random_ends(settings.n_prefixes, settings.d_sae, settings.prefix_exponent, generator)
+
+    def branch(self, moment: Moment) -> Hashable | None:
+        return () if self.settings.prefixes == "fixed" else None
 
     def loss(
         self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None = None, moment: Moment = SETTLED

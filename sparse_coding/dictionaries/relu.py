@@ -26,7 +26,7 @@ from sparse_coding.dictionaries.linear import LinearDictionary
 from sparse_coding.dictionaries.linear_settings import LinearSettings, require_weight
 from sparse_coding.dictionaries.sparse import sparse_gradients
 from sparse_coding.errors import UserError
-from sparse_coding.kernels.result import StepResult
+from sparse_coding.kernels.result import StepResult, runs
 
 DENSEST = 1 / 16
 """Share of active entries above which the dense step is faster than the sparse one; measured, see docs/kernels.md."""
@@ -108,12 +108,20 @@ class ReLU(LinearDictionary):
     def fused_gradients(
         self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None, moment: Moment, dtype: torch.dtype
     ) -> StepResult | None:
-        return self._sparse(x, target, moment, dtype) or self._dense(x, target, moment, dtype)
+        found = self._sparse(x, target, moment, dtype)
+        if found is None:
+            return self._dense(x, target, moment, dtype)
+        for members in runs(found.left, len(found.loss)):
+            dense = self.part(members)._dense(x, target, moment.of(members), dtype)
+            if dense is None:
+                return found
+            found.put(members, dense)
+        return found._replace(left=())
 
     def _sparse(
         self, x: Float[Tensor, "B d_in"], target: Float[Tensor, "B d_out"] | None, moment: Moment, dtype: torch.dtype
     ) -> StepResult | None:
-        """The step once few latents of a row are active; None before."""
+        """The step of members of which few latents of a row are active; None where there are none."""
         if self.settings.decoder == "free":
             return None
         error_weight, l1_weight = self.weights

@@ -36,7 +36,7 @@ class ReLUAprilSettings(LinearSettings):
     """Weight of sum_i f_i ||W_dec_i||."""
     decoder: Decoder = "free"
     subtract_b_dec: bool = False
-    init_norm: float = 0.1
+    init_norm: float | None = 0.1
 
     per_member: ClassVar[tuple[str, ...]] = ("l1_coefficient", "auxk_coefficient")
     named: ClassVar[tuple[str, ...]] = ("l1_coefficient",)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -27,6 +29,13 @@ def require_k(k: float, d_sae: int, whole: bool) -> None:
 def warmed_up(k: Float[Tensor, "..."], sparsity: float, d_in: int, d_sae: int) -> Float[Tensor, "..."]:
     """k on its way from min(d_sae, 10 d_in) down to itself, as `sparsity` goes from 0 to 1."""
     return k if sparsity >= 1 else k + (min(d_sae, START * d_in) - k).clamp(min=0) * (1 - sparsity)
+
+
+def most_warmed_up(k: float, sparsity: float, d_in: int, d_sae: int) -> int:
+    """At least what `warmed_up` makes of `k`, rounded either way: known without a tensor."""
+    if sparsity >= 1:
+        return math.ceil(k)
+    return min(d_sae, math.ceil(k + max(min(d_sae, START * d_in) - k, 0) * (1 - sparsity)) + 1)
 
 
 def largest_per_row(

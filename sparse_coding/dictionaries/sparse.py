@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_coding.dictionaries.base import Moment
 from sparse_coding.dictionaries.linear import LinearDictionary
+from sparse_coding.kernels import triton
 from sparse_coding.kernels.result import StepResult
 from sparse_coding.kernels.sparse import SparseProblem, SparseResult, sparse_step
 
@@ -47,13 +48,16 @@ def sparse_gradients(
     rows, meant = len(x), (x if target is None else target).contiguous()
     each = error_weight / rows  # the weight of a row
     if settings.error == "fvu":
-        each = error_weight / float((meant - meant.mean(0)).square().sum())
+        spread = (meant - meant.mean(0)).square().sum()
+        known = x.device.type == "cpu" and not triton.serves(x)  # asking a GPU would wait for it
+        each = error_weight / (spread.item() if known else spread)
     extra, factor = aux_of(dictionary, moment, rows) if revives else ({}, None)
     norms = scoring_norms(dictionary) if own["rule"] != "above" or revives else None
     problem = SparseProblem(
         x.contiguous(), meant, values.get("W_enc"), values["b_enc"], values["W_dec"], values.get("b_dec"),
         settings.subtracts, norms=norms, signed=dictionary.signed, norm_error=settings.error == "l2",
-        error_weight=each, **extra, **own,
+        error_weight=each, density=dictionary.density, learning=dictionary.learning, unit=settings.decoder == "unit",
+        projects=settings.decoder == "unit" and settings.remove_parallel_gradient, **extra, **own,
     )  # fmt: skip
     sparse = sparse_step(problem, dtype, densest)
     if sparse is None:
@@ -63,8 +67,9 @@ def sparse_gradients(
     if factor is not None:
         terms["auxk"] = sparse.auxk / rows * factor
         loss = loss + dictionary.auxk_coefficient * terms["auxk"]
+    left = () if sparse.left is None else sparse.left.numpy().nonzero()[0].tolist()
     result = StepResult(
-        dict(sparse.gradients), loss, sparse.squared_error / rows, sparse.l1 / rows, sparse.active, terms
+        dict(sparse.gradients), loss, sparse.squared_error / rows, sparse.l1 / rows, sparse.active, terms, left=left
     )
     return Fast(result, sparse, errors)
 

@@ -24,7 +24,13 @@ from torch import Tensor
 from sparse_coding.dictionaries.base import SETTLED, Losses, Moment
 from sparse_coding.dictionaries.linear import LinearDictionary
 from sparse_coding.dictionaries.linear_settings import DeadLatents, LinearSettings
-from sparse_coding.dictionaries.selection import largest_per_group, largest_per_row, require_k, warmed_up
+from sparse_coding.dictionaries.selection import (
+    largest_per_group,
+    largest_per_row,
+    most_warmed_up,
+    require_k,
+    warmed_up,
+)
 from sparse_coding.dictionaries.sparse import sparse_gradients
 from sparse_coding.errors import UserError
 from sparse_coding.kernels.result import StepResult
@@ -105,7 +111,8 @@ class TopK(LinearDictionary):
         if settings.selection == "group" or settings.multi_topk:
             return None
         k = warmed_up(self.k, moment.sparsity, settings.d_in, settings.d_sae).round().long()
-        fast = sparse_gradients(self, x, target, moment, dtype, rule="topk", k=k)
+        most = most_warmed_up(self.largest["k"], moment.sparsity, settings.d_in, settings.d_sae)
+        fast = sparse_gradients(self, x, target, moment, dtype, rule="topk", k=k, most=most)
         return fast and fast.result
 
     @property

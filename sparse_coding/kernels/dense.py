@@ -25,23 +25,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_coding.kernels import dense_native, dense_operators
+from sparse_coding.kernels import dense_native, dense_operators, triton
+from sparse_coding.kernels.problem import LinearProblem
 
 
 @dataclass(frozen=True)
-class DenseProblem:
-    """What one step computes; all tensors float32 on one device, `[M ...]` but for rows."""
+class DenseProblem(LinearProblem):
+    """What one dense step computes."""
 
-    x: Float[Tensor, "B d_in"]
-    target: Float[Tensor, "B d_out"]
-    W_enc: Float[Tensor, "M d_in d_sae"] | None
-    """None: tied, W_dec^T."""
-    b_enc: Float[Tensor, "M d_sae"]
-    """Gated: the bias of the gates."""
-    W_dec: Float[Tensor, "M d_sae d_out"]
-    b_dec: Float[Tensor, "M d_out"] | None
-    subtracts: bool
-    """Whether the encoder sees x - b_dec."""
     penalty: Float[Tensor, "M d_sae"]
     """Weight of the batch mean of each latent's code (gated: of its open gate)."""
     error_weight: float = 1.0
@@ -71,6 +62,11 @@ class DenseResult(NamedTuple):
 @torch.no_grad()
 def dense_step(problem: DenseProblem, dtype: torch.dtype) -> DenseResult:
     """The step with products in `dtype`."""
+    if dtype in (torch.float32, torch.bfloat16) and triton.serves(problem.x):
+        from sparse_coding.kernels.triton import dense as on_gpu  # imports Triton, which a CPU need not have
+
+        with torch.cuda.device_of(problem.x):
+            return on_gpu.step(problem, dtype)
     return (dense_native.step(problem, dtype) if dense_native.serves(problem, dtype) else None) or dense_operators.step(
         problem, dtype
     )

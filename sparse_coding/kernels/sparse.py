@@ -15,13 +15,17 @@ needed; `sparse_operators.py` does the same in torch's operators, and is what ru
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_coding.kernels import sparse_native, sparse_operators
+from sparse_coding.kernels import sparse_native, sparse_operators, triton
+from sparse_coding.kernels.problem import LinearProblem
+
+if TYPE_CHECKING:
+    from sparse_coding.kernels.triton.adam import RowAdam
 
 DENSEST = {"native": 3 / 16, "operators": 1 / 24}
 """Share of active entries up to which an implementation is faster than autograd; measured, see docs/kernels.md."""
@@ -30,18 +34,9 @@ Rule = Literal["topk", "batch", "above"]
 
 
 @dataclass(frozen=True)
-class SparseProblem:
-    """What one step computes; all tensors float32 and contiguous on one device, `[M ...]` but for rows."""
+class SparseProblem(LinearProblem):
+    """What one sparse step computes."""
 
-    x: Float[Tensor, "B d_in"]
-    target: Float[Tensor, "B d_out"]
-    W_enc: Float[Tensor, "M d_in d_sae"] | None
-    """None: tied, W_dec^T."""
-    b_enc: Float[Tensor, "M d_sae"]
-    W_dec: Float[Tensor, "M d_sae d_out"]
-    b_dec: Float[Tensor, "M d_out"] | None
-    subtracts: bool
-    """Whether the encoder sees x - b_dec."""
     rule: Rule
     """topk: the k largest scores of each row; batch: of the whole batch, with what equals the last of them; both where
     positive (not 0 where `signed`). above: pre > threshold, or > 0 where there is none."""
@@ -60,24 +55,27 @@ class SparseProblem:
     """Where the prefixes end, the last at d_sae; empty: there is only the whole."""
     norm_error: bool = False
     """The error of a row is its length, not the length squared."""
-    error_weight: float = 1.0
+    error_weight: float | Tensor = 1.0
     """Of the error of each row."""
     dead: Bool[Tensor, "M d_sae"] | None = None
     """Latents that AuxK lets learn what is left: the k_aux with the largest scores in each row."""
     k_aux: int = 0
     aux_weight: Float[Tensor, " M"] | None = None
     """Of the squared distance of each row."""
+    most: int = 0
+    """No k is larger; known without asking the device."""
+    density: float = 0.0
+    """Share of the entries that is thought to be active (above); a GPU goes by it, as asking it would be waiting."""
+    learning: RowAdam | None = None
+    """Update W_enc and W_dec in place, instead of giving their gradients; read on a GPU alone."""
+    unit: bool = False
+    """An update of W_dec ends with atoms of norm 1."""
+    projects: bool = False
+    """It leaves out the part of an atom's gradient along the atom."""
 
     @property
     def prefixes(self) -> tuple[int, ...]:
         return self.ends or (self.W_dec.shape[1],)
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """M, B, d_in, d_out, d_sae."""
-        n_members, d_sae, d_out = self.W_dec.shape
-        rows, d_in = self.x.shape
-        return n_members, rows, d_in, d_out, d_sae
 
 
 class SparseResult(NamedTuple):
@@ -99,18 +97,30 @@ class SparseResult(NamedTuple):
     """Sum of d loss / d f over the rows inside the window."""
     n_inside: Float[Tensor, "M d_sae"] | None = None
     """How many those are."""
+    left: Bool[Tensor, " M"] | None = None
+    """Members that are left to others: nothing else here says anything of them. None: there are none."""
 
 
 @torch.no_grad()
 def sparse_step(problem: SparseProblem, dtype: torch.dtype, densest: float = 1.0) -> SparseResult | None:
-    """The step with products in `dtype` (fp32 or bf16), sums in fp32; None where it would not pay (more than `DENSEST`,
-    or than a share `densest`, is active: of some rows, or of the batch), or on another device than the CPU."""
+    """The step with products in `dtype` (fp32 or bf16), sums in fp32. Members for which it would not pay are left: more
+    than `DENSEST`, or than a share `densest`, is active of some rows, or of the batch. None where all are, and where
+    there is no step for the device; on a GPU all members are taken or none, as it is not asked."""
+    if dtype in (torch.float32, torch.bfloat16) and triton.serves(problem.x):
+        from sparse_coding.kernels.triton import step as on_gpu  # imports Triton, which a CPU need not have
+
+        with torch.cuda.device_of(problem.x):
+            return on_gpu.step(problem, dtype)
     if problem.x.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
     name, step = ("native", sparse_native.step) if sparse_native.loaded() else ("operators", sparse_operators.step)
     densest = min(densest, DENSEST[name])
+    left = torch.zeros(len(problem.W_dec), dtype=torch.bool)
     if problem.k is not None:
         rows = len(problem.x) if problem.rule == "batch" else 1
-        if int(problem.k.max()) > densest * rows * problem.W_dec.shape[1]:
-            return None
-    return step(problem, dtype, densest)
+        left |= problem.k > densest * rows * problem.W_dec.shape[1]
+    marks = left.numpy()  # the same memory
+    found = None if marks.all() else step(problem, left, dtype, densest)
+    if found is None or marks.all():
+        return None
+    return found._replace(left=left if marks.any() else None)

@@ -33,8 +33,8 @@ INTEGERS = (
 NUMBERS = ("densest", "error_weight")
 POINTERS = (
     "x", "target", "W_enc", "b_enc", "W_dec", "b_dec", "k", "ends", "norms", "threshold", "window", "penalty",
-    "aux_weight", "dead", "d_W_enc", "d_b_enc", "d_W_dec", "d_b_dec", "active", "d_inside", "n_inside", "smallest",
-    "sums", "seconds",
+    "aux_weight", "dead", "left", "d_W_enc", "d_b_enc", "d_W_dec", "d_b_dec", "active", "d_inside", "n_inside",
+    "smallest", "sums", "seconds",
 )  # fmt: skip
 PHASES = ("pack", "product", "choose", "reconstruct", "index", "weights")
 seconds: Tensor | None = None
@@ -57,8 +57,8 @@ def loaded() -> ctypes.CDLL | None:
     return compiled("sparse_step.cpp", SOURCES)
 
 
-def step(problem: SparseProblem, dtype: torch.dtype, densest: float) -> SparseResult | None:
-    """See `sparse.sparse_step`."""
+def step(problem: SparseProblem, left: Tensor, dtype: torch.dtype, densest: float) -> SparseResult:
+    """See `sparse.sparse_step`. `left` `[M]` marks members to leave out; others are added."""
     from sparse_coding.kernels.sparse import SparseResult
 
     n_members, rows, d_in, d_out, d_sae = problem.sizes
@@ -76,7 +76,7 @@ def step(problem: SparseProblem, dtype: torch.dtype, densest: float) -> SparseRe
         for name in ("x", "target", "k", "norms", "threshold", "window", "penalty", "aux_weight")
     }
     tensors |= given | outputs | {f"d_{name}": value for name, value in gradients.items()}
-    tensors["seconds"] = seconds
+    tensors["seconds"], tensors["left"] = seconds, left.view(torch.uint8)
     tensors["ends"] = torch.tensor(problem.prefixes)
     tensors["dead"] = None if problem.dead is None else problem.dead.view(torch.uint8)
     numbers = (
@@ -88,8 +88,7 @@ def step(problem: SparseProblem, dtype: torch.dtype, densest: float) -> SparseRe
     failed = loaded().sparse_step(ctypes.byref(arguments))  # type: ignore[union-attr]
     if failed == NO_MEMORY:
         raise MemoryError
-    if failed:
-        return None
+    assert not failed
     sums = outputs["sums"].float()
     squared_error, auxk, l1 = sums[:, n_ends:].unbind(1)
     return SparseResult(
@@ -102,6 +101,7 @@ def step(problem: SparseProblem, dtype: torch.dtype, densest: float) -> SparseRe
         outputs.get("smallest"),
         outputs.get("d_inside"),
         outputs.get("n_inside"),
+        left,
     )
 
 
@@ -111,6 +111,7 @@ def pointers(tensors: Mapping[str, Tensor | None]) -> dict[str, int | None]:
         "k": torch.int64,
         "ends": torch.int64,
         "dead": torch.uint8,
+        "left": torch.uint8,
         "sums": torch.float64,
         "seconds": torch.float64,
     }

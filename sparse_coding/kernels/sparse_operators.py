@@ -25,8 +25,8 @@ class Entries(NamedTuple):
     f: Float[Tensor, " A"]
 
 
-def step(problem: SparseProblem, dtype: torch.dtype, densest: float) -> SparseResult | None:
-    """See `sparse.sparse_step`."""
+def step(problem: SparseProblem, left: Tensor, dtype: torch.dtype, densest: float) -> SparseResult:
+    """See `sparse.sparse_step`. `left` `[M]` marks members to leave out; others are added."""
     from sparse_coding.kernels.sparse import SparseResult
 
     n_members, n_rows, d_in, _, d_sae = problem.sizes
@@ -36,8 +36,8 @@ def step(problem: SparseProblem, dtype: torch.dtype, densest: float) -> SparseRe
     # in bf16 the bias would be lost and scores would tie: many more than k would be kept
     pre = torch.bmm(inputs.to(dtype), encoder.to(dtype)).float().add_(problem.b_enc.unsqueeze(1))
     kept, smallest = selected(problem, pre)
-    if int(kept.sum()) > densest * kept.numel():
-        return None
+    left |= kept.sum((1, 2)) > densest * kept[0].numel()
+    kept &= ~left.view(-1, 1, 1)
     entries = listed(kept, pre)
     inside = torch.zeros_like(entries.f, dtype=torch.bool)
     if problem.threshold is not None:
@@ -77,6 +77,7 @@ def step(problem: SparseProblem, dtype: torch.dtype, densest: float) -> SparseRe
         smallest,
         None if problem.window is None else per_latent(torch.where(inside, d_f, 0.0)),
         None if problem.window is None else per_latent(inside.float()),
+        left,
     )
 
 

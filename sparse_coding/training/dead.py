@@ -89,10 +89,16 @@ class Clocks:
         self.rows_since_fired.add_(rows).mul_(active == 0)
         if self.settings.threshold:
             self.fired += active
-            steps = max(1, round(self.settings.sampling_window / rows))
-            if (step + 1) % steps == 0:
-                self.below_threshold = self.fired < self.settings.threshold * steps * rows
+            if self.ends_window(step, rows):
+                self.below_threshold.copy_(self.fired < self.settings.threshold * self._window_steps(rows) * rows)
                 self.fired.zero_()
+
+    def ends_window(self, step: int, rows: int) -> bool:
+        """Whether a sampling window ends with update number `step`; there is none without a threshold."""
+        return self.settings.threshold > 0 and (step + 1) % self._window_steps(rows) == 0
+
+    def _window_steps(self, rows: int) -> int:
+        return max(1, round(self.settings.sampling_window / rows))
 
     def dead(self) -> Bool[Tensor, "M d_sae"]:
         dead = self.rows_since_fired >= self.settings.window

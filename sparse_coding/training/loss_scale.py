@@ -33,10 +33,11 @@ class LossScale:
         return finite
 
     def update(self, finite: Bool[Tensor, " M"]) -> None:
-        self.good_steps = torch.where(finite, self.good_steps + 1, 0.0)
-        grown = self.good_steps >= GROWTH_INTERVAL
-        self.scale = torch.where(finite, torch.where(grown, self.scale * 2, self.scale), (self.scale / 2).clamp(min=1))
-        self.good_steps = torch.where(grown, 0.0, self.good_steps)
+        good = torch.where(finite, self.good_steps + 1, 0.0)
+        grown = good >= GROWTH_INTERVAL
+        scale = torch.where(finite, torch.where(grown, self.scale * 2, self.scale), (self.scale / 2).clamp(min=1))
+        self.scale.copy_(scale)
+        self.good_steps.copy_(torch.where(grown, 0.0, good))
 
     def state(self) -> dict[str, Tensor]:
         return {"scale": self.scale, "good_steps": self.good_steps}

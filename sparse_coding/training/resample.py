@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.dictionaries import Moment
+from sparse_coding.kernels.result import runs
 from sparse_coding.training.stack import Stack
 from sparse_coding.training.sweep import Member
 
@@ -47,10 +48,11 @@ class _Resampling:
     def read(self, batch: Mapping[str, Tensor]) -> None:
         """Offer the rows of a batch to every member, by how badly it reconstructs them."""
         x, target = self.stack.rows(batch)
-        x_hat = self.stack.dictionary.loss(x, target, self.moment).x_hat
-        target = x if target is None else target
-        for losses, draw in zip((x_hat - target).square().sum(-1), self.draws, strict=True):
-            draw.offer(losses, x, target)
+        aim = x if target is None else target
+        for members in runs(range(len(self.draws)), self.stack.at_once(len(x), self.moment)):
+            x_hat = self.stack.dictionary.part(members).loss(x, target, self.moment).x_hat
+            for losses, draw in zip((x_hat - aim).square().sum(-1), self.draws[members], strict=True):
+                draw.offer(losses, x, aim)
 
     def restart(self) -> None:
         for index, draw in enumerate(self.draws):

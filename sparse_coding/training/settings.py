@@ -8,6 +8,7 @@ from sparse_coding.errors import UserError
 from sparse_coding.training.dead import DeadSettings
 from sparse_coding.training.optimizer import OptimizerSettings
 from sparse_coding.training.precision import Precision
+from sparse_coding.training.settling import SettlingSettings
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class TrainingSettings:
     """Updates over which L1 and L0 weights rise from 0, and k falls to its value."""
     dead: DeadSettings = field(default_factory=DeadSettings)
     """When a latent is dead, and whether dead ones are resampled."""
+    settling: SettlingSettings = field(default_factory=SettlingSettings)
+    """When a member has nothing left to learn and stops early."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every"):
@@ -35,6 +38,8 @@ class TrainingSettings:
                 "precision fp16 makes single dictionaries skip updates, which schedule-free, whose average counts the "
                 "updates of all, cannot follow: use bf16, fp32 or another optimizer"
             )
+        if self.settling.every and self.dead.resample_every:
+            raise UserError("members cannot both stop when they settle and have dead latents resampled: choose one")
         if self.sparsity_warmup_steps < 0:
             raise UserError(f"sparsity_warmup_steps is {self.sparsity_warmup_steps}: it must be 0 or more")
 

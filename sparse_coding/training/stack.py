@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from sparse_coding.dictionaries import Moment, Sample, TrainableDictionary, architecture
 from sparse_coding.dictionaries.base import SETTLED
-from sparse_coding.kernels.result import StepResult
+from sparse_coding.kernels import triton
+from sparse_coding.kernels.result import StepResult, runs
 from sparse_coding.training.allocator import keep_freed_memory
 from sparse_coding.training.dead import Clocks, DeadSettings
 from sparse_coding.training.loss_scale import LossScale
 from sparse_coding.training.micro_batches import MicroBatches, looks_at_whole_batch
 from sparse_coding.training.optimizer import OptimizerSettings, make_optimizer
-from sparse_coding.training.sweep import Member
+from sparse_coding.training.sweep import TILE_BYTES, Member, members_within
 
 METRICS = ("loss", "squared_error", "l1", "l0")
 
@@ -76,17 +77,28 @@ class Stack:
         self.clocks = Clocks((len(members), members[0].settings.d_sae), dead or DeadSettings(), device)
         self.revives = getattr(members[0].settings, "dead_latents", "none") != "none"
         self.loss_scale = LossScale(len(members), device) if dtype == torch.float16 else None
+        self.learning = None if self.loss_scale else self.optimizer.row_learning()
+        self.density = torch.ones(len(members)) if triton.serves(self.dictionary.atoms) else None
+        """Share of the entries that was active up to the last line of the log; on a GPU, see `_choose`."""
+        self._choose()
         self.micro = MicroBatches(members[0].name)
         self.sums = {name: torch.zeros(len(members), dtype=torch.float64, device=device) for name in METRICS}
         self.steps_summed = 0
+        self.resting = False
+        """Takes no updates any more; `averages` goes on to repeat its last ones."""
 
     def rows(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """(x, target) of a batch of the stream; no target where it is x itself."""
         return batch[self.site], batch[self.target] if self.target else None
 
-    def step(self, batch: Mapping[str, Tensor], scale: float, moment: Moment = SETTLED) -> None:
-        """One update on one batch, the learning rates multiplied by `scale`. Nothing here waits for the device."""
+    def step(self, batch: Mapping[str, Tensor], scale: float | Tensor, moment: Moment = SETTLED) -> Tensor:
+        """One update on one batch, the learning rates multiplied by `scale`; the losses `[M]` before it.
+
+        Nothing here waits for the device.
+        """
         x, target = self.rows(batch)
+        if self.learning is not None:
+            self.learning.scale = scale
         if self.revives and self.clocks.possible(moment.step, len(x)):
             moment = moment._replace(dead=self.clocks.dead())
         result = self.micro.gradients(self._gradients, x, target, moment)
@@ -101,6 +113,21 @@ class Stack:
                 value.copy_(torch.where(finite.view(-1, *[1] * (value.ndim - 1)), value, before[name]))
             self.loss_scale.update(finite)
         self._count(result, len(x), moment.step)
+        return result.loss
+
+    def branch(self, moment: Moment, rows: int) -> Hashable | None:
+        """What `step` decides on the host: after the warm-up of sparsity, steps of equal branches launch the same
+        kernels with the same numbers. None: no two steps do."""
+        own = self.dictionary.branch(moment)
+        if own is None or self.micro.pieces > 1:
+            return None
+        sparse = False
+        if self.density is not None:
+            from sparse_coding.kernels.triton.step import DENSEST_ABOVE  # imports Triton, which is there then
+
+            sparse = self.dictionary.density <= DENSEST_ABOVE
+        revives = self.revives and self.clocks.possible(moment.step, rows)
+        return sparse, revives, self.clocks.ends_window(moment.step, rows), own
 
     def allow_micro_batches(self, pieces: int = 1) -> None:
         """Take batches in pieces where memory does not hold them whole, from the first on in `pieces`."""
@@ -112,13 +139,32 @@ class Stack:
     def _gradients(self, x: Tensor, target: Tensor | None, moment: Moment) -> StepResult:
         if self.loss_scale is not None:
             return gradients_by_autograd(self.dictionary, x, target, moment, self.dtype, self.loss_scale.scale)
-        fused = self.dictionary.fused_gradients(x, target, moment, self.dtype)
-        return gradients_by_autograd(self.dictionary, x, target, moment, self.dtype) if fused is None else fused
+        self.dictionary.learning = self.learning if self.micro.pieces == 1 else None
+        found = self.dictionary.fused_gradients(x, target, moment, self.dtype)
+        for members in runs(range(len(self.members)) if found is None else found.left, self.at_once(len(x), moment)):
+            if members == slice(0, len(self.members)):
+                return gradients_by_autograd(self.dictionary, x, target, moment, self.dtype)
+            own = gradients_by_autograd(self.dictionary.part(members), x, target, moment.of(members), self.dtype)
+            found = own.room(len(self.members)) if found is None else found
+            found.put(members, own)
+        assert found is not None
+        return found._replace(left=())
+
+    def at_once(self, rows: int, moment: Moment) -> int:
+        """How many members the definition takes at once: as a CPU's cache holds, or all where the error wants them."""
+        if self.dictionary.atoms.device.type != "cpu" or moment.error:
+            return len(self.members)
+        return members_within(TILE_BYTES, self.members[0].settings, rows)
 
     @torch.no_grad()
-    def _update(self, result: StepResult, scale: float) -> None:
-        self.optimizer.step(result.gradients, scale)
-        self.dictionary.constrain_(self.dictionary.tensors())
+    def _update(self, result: StepResult, scale: float | Tensor) -> None:
+        values = self.dictionary.tensors()
+        if self.learning is not None and "W_dec" not in result.gradients:  # the step has updated it and W_enc itself
+            self.learning.rest_(result.gradients)
+            values = {name: values[name] for name in result.gradients}
+        else:
+            self.optimizer.step(result.gradients, scale)
+        self.dictionary.constrain_(values)
         for name, value in result.state.items():
             getattr(self.dictionary, name).copy_(value)
 
@@ -167,16 +213,32 @@ class Stack:
         steps = self.steps_summed or math.nan
         means = {name: (value / steps).tolist() for name, value in self.sums.items()}
         means["dead"] = self.clocks.dead().sum(1).tolist()
-        for value in self.sums.values():
-            value.zero_()
-        self.steps_summed = 0
+        if self.density is not None and self.steps_summed:
+            self.density.copy_(torch.tensor(means["l0"]) / self.dictionary.d_sae)
+            self._choose()
+        if not self.resting:
+            for value in self.sums.values():
+                value.zero_()
+            self.steps_summed = 0
         return means
+
+    def _choose(self) -> None:
+        """Tell the dictionary how sparse it is, where the log has waited for the device anyway."""
+        if self.density is not None:
+            self.dictionary.density = float(self.density.max())
+
+    def repeat_averages(self, members: Sequence[int]) -> None:
+        """Turn the sums of members, by place, into what `averages` gives for them now, of one step."""
+        for value in self.sums.values():
+            value[members] /= self.steps_summed
 
     def state(self) -> dict[str, Tensor]:
         """Everything the next step depends on or a log line will show, by a flat name; shares memory."""
         found = self._changing()
         found |= {f"sums/{name}": value for name, value in self.sums.items()}
         found |= {f"clocks/{name}": value for name, value in self.clocks.state().items()}
+        if self.density is not None:
+            found["density"] = self.density
         if self.loss_scale is not None:
             found |= {f"loss_scale/{name}": value for name, value in self.loss_scale.state().items()}
         return {
@@ -192,4 +254,5 @@ class Stack:
             self.sums.setdefault(name, torch.zeros_like(self.sums["loss"]))
         for name, value in self.state().items():
             value.copy_(state[name])
+        self._choose()
         self.steps_summed = steps_summed

@@ -1,7 +1,7 @@
 """A sweep: grid -> members -> stacks.
 
 What multiplies or counts (L1, k, learning rate) is a number per member inside a stack; what changes shapes or control
-flow splits the stack. A stack is also cut to a size in memory, since beyond it batching gains nothing.
+flow splits the stack. A stack is also cut to a size in memory.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from sparse_coding.config import from_dict, to_dict
 from sparse_coding.dictionaries import DictionarySettings, architecture, require_setting, settings_of
 from sparse_coding.errors import UserError
 
-STACK_BYTES = {"cpu": 64 * 2**20}
+STACK_BYTES = {"cpu": 512 * 2**20}
 ELSEWHERE = 4 * 2**30
-"""How much a stack may touch in one step: on a CPU about the last-level cache (larger stacks gain nothing and take
-memory), on a GPU enough to fill it."""
+"""How much a stack may touch in one step: on a CPU as much as gives every thread whole members for a while without
+many gradients waiting in memory, on a GPU enough to fill it."""
+TILE_BYTES = 64 * 2**20
+"""How much members may touch that a CPU takes through autograd at once: about the last-level cache, beyond which their
+codes pass through memory at every operation."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +169,15 @@ def split_into_stacks(
         groups.setdefault((member.architecture, member.site, member.target, fixed), []).append(index)
     stacks = []
     for indices in groups.values():
-        settings = members[indices[0]].settings
-        # per latent: two weight vectors with moments, gradient and bf16 copy (20 bytes a number), four bf16 codes a row
-        touched = settings.d_sae * (2 * 20 * settings.d_in + 4 * 2 * batch_size)
-        size = max(1, most_bytes // touched)
+        size = members_within(most_bytes, members[indices[0]].settings, batch_size)
         stacks += [indices[start : start + size] for start in range(0, len(indices), size)]
     return stacks
+
+
+def members_within(most_bytes: int, settings: DictionarySettings, rows: int) -> int:
+    """How many members of a shape touch at most `most_bytes` in a step on `rows` rows; one at least."""
+    # per latent: two weight vectors with moments, gradient and bf16 copy (20 bytes a number), four bf16 codes a row
+    return max(1, most_bytes // (settings.d_sae * (2 * 20 * settings.d_in + 4 * 2 * rows)))
 
 
 def stack_bytes(device: str) -> int:

@@ -18,17 +18,20 @@ from sparse_coding.errors import Interrupted
 from sparse_coding.progress import Progress
 from sparse_coding.training import checkpoint
 from sparse_coding.training.build import build_stacks
+from sparse_coding.training.graph import Graphs
 from sparse_coding.training.log_line import averages, mean, summary
 from sparse_coding.training.micro_batches import memory_for
 from sparse_coding.training.not_finite import NotFinite, finite, go_back, leave_out
 from sparse_coding.training.resample import resample
+from sparse_coding.training.resting import groups_of, set_aside
 from sparse_coding.training.run_folder import RunFolder
 from sparse_coding.training.safety import CheckpointClock, Safety
 from sparse_coding.training.settings import TrainingSettings
+from sparse_coding.training.settling import Settling
 from sparse_coding.training.stack import Stack
 from sparse_coding.training.stopping import Stopping, StopRequested
 from sparse_coding.training.stream import Stream, sound
-from sparse_coding.training.sweep import Member, split_into_stacks, stack_bytes
+from sparse_coding.training.sweep import Member
 
 __all__ = ["StepError", "Trainer", "TrainingSettings"]
 
@@ -64,7 +67,7 @@ class Trainer:
         self.checkpoint_seconds, self.loggers, self.device, self.error = checkpoint_seconds, loggers, device, error
         self.safety, self.stopping = safety, Stopping()
         settings.dead.check(settings.steps, stream.batch_size)
-        self.groups = split_into_stacks(self.members, stream.batch_size, stack_bytes(device))
+        self.settling = Settling(settings.settling, len(self.members), device)
         sites = dict.fromkeys(member.output_site for member in self.members)
         self.moments = {site: torch.zeros(2, dtype=torch.float64, device=device) for site in sites}
         self.step, self.seconds = 0, 0.0
@@ -80,6 +83,7 @@ class Trainer:
         self._saved: tuple = ()
         self.clock: CheckpointClock | None = None
         self._began = 0.0
+        self.graphs = Graphs(self)
         self.restore()
         if folder:
             folder.rewind_log(self.step)
@@ -96,7 +100,7 @@ class Trainer:
                 if self.resampling:
                     self._resample()
                     self._after(progress)
-                while self.step < settings.steps:
+                while not self.done:
                     try:
                         self.advance()
                     except NotFinite:
@@ -110,6 +114,21 @@ class Trainer:
         if self.folder and self.clock.count:
             self.folder.note(checkpoints={"written": self.clock.count, "seconds": round(self.clock.spent, 3)})
 
+    @property
+    def done(self) -> bool:
+        """Whether all updates are made, or no member is left to train."""
+        return self.step >= self.settings.steps or all(stack.resting for stack in self.stacks)
+
+    def updates(self, index: int) -> int:
+        """How many updates were done when member `index` settled, or are done by now."""
+        stopped = int(self.settling.stopped[index])
+        return self.step if stopped < 0 else stopped
+
+    @property
+    def steps_summed(self) -> int:
+        """Updates since the last line of the log."""
+        return next((stack.steps_summed for stack in self.stacks if not stack.resting), 0)
+
     def dictionary(self, index: int) -> TrainableDictionary:
         """Member `index` as a dictionary of its own (a copy)."""
         for group, stack in zip(self.groups, self.stacks, strict=True):
@@ -122,7 +141,7 @@ class Trainer:
         """Inside, the members are those of the checkpoint with the lowest mean FVU; False where none is kept."""
         found = checkpoint.best(self.folder.path / "checkpoints", self.device) if self.folder else None
         kept = {name: value.clone() for name, value in self._tensors().items()} if found else {}
-        summed = self.stacks[0].steps_summed
+        summed = self.steps_summed
         try:
             if found:
                 self._load(found[0], found[1]["steps_summed"])
@@ -137,26 +156,35 @@ class Trainer:
         """One update, or none where its batch is left out. Raises `NotFinite` before anything changes."""
         settings = self.settings
         if self.step not in self.skipped:
-            batch = self._read(self.step)
-            variances = {site: _total_variance(batch[site]) for site in self.moments}
-            if self.careful and not all(bool(value.isfinite()) for value in variances.values()):
-                raise NotFinite
-            scale = self._scale(self.step)
-            for stack in self.stacks:
-                with memory_for("updating the weights", "lower --ratios, or train fewer dictionaries at once"):
-                    stack.step(batch, scale, self._moment(stack))
-            for site, value in variances.items():
-                self.moments[site][0] += value
-                self.moments[site][1] += 1
+            batch, scale = self._read(self.step), self._scale(self.step)
+            if not self.graphs.update(batch, scale):
+                self.update(batch, scale)
         self.step += 1
+        if self.settling.look(self.step):
+            set_aside(self)
         if settings.dead.resamples_after(self.step) and self.step < settings.steps:
             self.resampling = True
             self._resample()
 
+    def update(self, batch: Mapping[str, Tensor], scale: float | Tensor) -> None:
+        """What an update does on the device; it waits for it only where each batch is looked at."""
+        variances = {site: _total_variance(batch[site]) for site in self.moments}
+        if self.careful and not all(bool(value.isfinite()) for value in variances.values()):
+            raise NotFinite
+        for group, stack in zip(self.groups, self.stacks, strict=True):
+            if stack.resting:
+                continue
+            with memory_for("updating the weights", "lower --ratios, or train fewer dictionaries at once"):
+                losses = stack.step(batch, scale, self.moment(stack))
+            self.settling.count(group, losses, variances[stack.target or stack.site])
+        for site, value in variances.items():
+            self.moments[site][0] += value
+            self.moments[site][1] += 1
+
     def _after(self, progress: Progress) -> None:
         """What follows an update now and then: a line of the log, a checkpoint, an end that was asked for."""
         self.seconds = time.monotonic() - self._began
-        logs = self.step % self.settings.log_every == 0 or self.step == self.settings.steps
+        logs = self.step % self.settings.log_every == 0 or self.done
         saves = bool(self.stopping.reason) or (self.clock is not None and self.clock.due())
         if (logs or saves) and not finite(self) and not go_back(self):
             return
@@ -168,7 +196,7 @@ class Trainer:
             self._say_stopped()
 
     def _say_stopped(self) -> None:
-        if self.step < self.settings.steps:
+        if not self.done:
             kept = "its state is saved; the same command continues it" if self.folder else "nothing is saved"
             where = f"at step {self.step:,} of {self.settings.steps:,}"
             raise Interrupted(f"by {self.stopping.reason} {where}: {kept}")
@@ -176,7 +204,7 @@ class Trainer:
     def _scale(self, step: int) -> float:
         return self.settings.optimizer.scale(step, self.settings.steps, self.settings.dead.since_resampling(step))
 
-    def _moment(self, stack: Stack) -> Moment:
+    def moment(self, stack: Stack) -> Moment:
         """What this step's losses depend on besides rows and weights."""
         error = self.error and self.error(self.step, stack.target or stack.site)
         return Moment(self.step, self.settings.steps, self.settings.sparsity(self.step), error=error)
@@ -200,7 +228,7 @@ class Trainer:
         batches = (self._read(self.step + i) for i in range(n_batches))
         if self.safety.nan == "skip":
             batches = filter(sound, batches)
-        resample(self.stacks, batches, self._moment(self.stacks[0])._replace(error=None))
+        resample(self.stacks, batches, self.moment(self.stacks[0])._replace(error=None))
         self.resampling = False
 
     def _log(self, scale: float) -> dict[str, Any]:
@@ -240,7 +268,7 @@ class Trainer:
         with self.clock.timing() if self.clock else nullcontext():
             facts = {
                 "seconds": self.seconds,
-                "steps_summed": self.stacks[0].steps_summed,
+                "steps_summed": self.steps_summed,
                 "skipped": self.skipped,
                 "resampling": self.resampling,
                 "pieces": [stack.micro.pieces for stack in self.stacks],
@@ -263,17 +291,22 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {name: value for stack in self.stacks for name, value in stack.state().items()}
-        return tensors | {f"moments/{site}": value for site, value in self.moments.items()}
+        tensors |= {f"moments/{site}": value for site, value in self.moments.items()}
+        return tensors | self.settling.state()
 
     def restore(self) -> None:
         """The newest checkpoint, or the beginning where there is none."""
         self.stacks: list[Stack] = []  # the memory of those that were goes first
+        found = checkpoint.newest(self.folder.path / "checkpoints", self.device) if self.folder else None
+        self.settling.load_state(found[0]) if found else self.settling.begin()
+        self.groups = groups_of(self)
         with memory_for("making the dictionaries", "lower --ratios, or train fewer dictionaries at once"):
             self.stacks = build_stacks(self.members, self.groups, self.stream, self.settings, self.device)
+        for group, stack in zip(self.groups, self.stacks, strict=True):
+            stack.resting = bool(self.settling.stopped[group[0]] >= 0)
         for moments in self.moments.values():
             moments.zero_()
         self.step, self.resampling, pieces = 0, False, [1] * len(self.stacks)
-        found = checkpoint.newest(self.folder.path / "checkpoints", self.device) if self.folder else None
         if found:
             tensors, facts = found
             self.step, self.resampling, pieces = facts["step"], facts["resampling"], facts["pieces"]
@@ -291,7 +324,7 @@ class Trainer:
 
     def _load(self, tensors: Mapping[str, Tensor], steps_summed: int) -> None:
         for stack in self.stacks:
-            stack.load_state(tensors, steps_summed)
+            stack.load_state(tensors, 1 if stack.resting else steps_summed)
         for site, moments in self.moments.items():
             moments.copy_(tensors[f"moments/{site}"])
 

@@ -57,6 +57,17 @@ def test_the_encoder_is_the_transposed_decoder_of_the_asked_length(init, norm):
         assert not values["b_dec"].any()
 
 
+@pytest.mark.parametrize("decoder", ["unit", "free"])
+@pytest.mark.parametrize("ratio", [1, 4, 16])
+def test_without_a_length_x_hat_starts_as_long_as_x(decoder, ratio):
+    """Half the latents are active: x_hat = n d_sae / (2 d_in) x, as far as random atoms are evenly spread."""
+    values = start(init_norm=None, decoder=decoder, d_in=64, d_sae=64 * ratio)
+    x = rows(200, d=64, seed=1)
+    x_hat = torch.relu(x @ values["W_enc"]) @ values["W_dec"]
+    along = float((x_hat * x).sum() / (x * x).sum())
+    assert along == pytest.approx(min(1, ratio / 2), rel=0.05)
+
+
 @pytest.mark.parametrize("init", ["transpose", "orthogonal"])
 def test_the_encoder_shares_no_memory_with_the_decoder(init):
     values = start(init=init, decoder="free")

@@ -40,7 +40,7 @@ def test_what_changes_control_flow_splits_the_stack():
     assert len(split_into_stacks(members, batch_size=4)) == 2
 
 
-def test_a_stack_is_cut_to_the_cache():
+def test_a_stack_is_cut_to_a_size_in_memory():
     members = small_grid(ratios=[1])
     one = 8 * (40 * 8 + 8 * 4)  # bytes a member of 8 latents, width 8, batch 4 touches
     assert [len(stack) for stack in split_into_stacks(members, 4, 3 * one)] == [3, 3, 2]

@@ -18,14 +18,31 @@ void Step<T>::pre_activations(const Member &m, const T *inputs, int64_t rows, Sc
                 &m.bias[b * WIDTH]);
 }
 
-// A score that about MARGIN times as many as are to be kept are above, from a sample of rows.
+// Pre-activations of rows from all over the batch.
 template <class T>
-void Step<T>::guess(Member &m, Scratch &s) {
-    int64_t rows = std::min<int64_t>(tile_rows, p.rows);
+void Step<T>::sample(const Member &m, int64_t rows, Scratch &s) const {
     std::unique_ptr<T[]> inputs(new T[rows * depth]);
     for (int64_t r = 0; r < rows; r++) centre(m, r * p.rows / rows, inputs.get() + r * depth);
     pre_activations(m, inputs.get(), rows, s);
     spent(s, PRODUCT);
+}
+
+// Whether a few rows hold so much more than is allowed that the batch will.
+template <class T>
+void Step<T>::probe(Member &m, Scratch &s) {
+    int64_t rows = std::min<int64_t>(2 * ROWS, p.rows);
+    sample(m, rows, s);
+    Tile &tile = m.tiles[0];
+    tile.entries.clear();
+    for (int64_t r = 0; r < rows; r++) select(m, &s.pre[r * columns], tile, s);
+    if (double(tile.entries.size()) > SLACK * p.densest * double(rows * p.d_sae)) dense[m.index].store(true);
+}
+
+// A score that about MARGIN times as many as are to be kept are above, from a sample of rows.
+template <class T>
+void Step<T>::guess(Member &m, Scratch &s) {
+    int64_t rows = std::min<int64_t>(tile_rows, p.rows);
+    sample(m, rows, s);
     const float *norms = p.norms ? p.norms + m.index * p.d_sae : nullptr;
     for (int64_t i = 0; i < rows * columns; i++) {
         float &pre = s.pre[i];
@@ -52,7 +69,7 @@ void Step<T>::encode(Member &m, int64_t t, Scratch &s) {
     for (int64_t r = 0; r < rows; r++) {
         select(m, &s.pre[r * columns], tile, s);
         if (tile.entries.size() > most) {
-            dense.store(1);
+            dense[m.index].store(true);
             return;
         }
         tile.aux_starts.push_back(int32_t(tile.entries.size()));
@@ -150,7 +167,7 @@ void Step<T>::settle(Member &m) {
         for (size_t r = 0; r + 1 < tile.starts.size(); r++)
             for (int32_t i = tile.starts[r]; i < tile.aux_starts[r]; i++)
                 if (tile.entries[i].inside == tile.entries[i].inside) all.push_back(tile.entries[i].inside);
-    if (int64_t(all.size()) < count && m.floor > 0) dense.store(1);  // the sample misled
+    if (int64_t(all.size()) < count && m.floor > 0) dense[m.index].store(true);  // the sample misled
     if (int64_t(all.size()) > count) {
         std::vector<float> keys(all);
         keys.resize(all.size() + LANES);

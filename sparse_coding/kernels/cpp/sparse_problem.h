@@ -16,6 +16,7 @@ struct Problem {
     const float *norms, *threshold, *window;       // [M d_sae] [M d_sae] [M]
     const float *penalty, *aux_weight;             // [M] [M], the weights of each row
     const uint8_t *dead;                           // [M d_sae]
+    uint8_t *left;  // [M]: members to leave out; set for those of which more is active than `densest` allows
     float *d_W_enc, *d_b_enc, *d_W_dec, *d_b_dec;  // like the parameters
     float *active, *d_inside, *n_inside;           // [M d_sae]
     float *smallest;                               // [M]

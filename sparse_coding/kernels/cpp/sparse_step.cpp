@@ -2,6 +2,7 @@
 //
 // Phases, each shared out over the threads in pieces whose results do not depend on who takes them:
 //   pack         the encoder into panels, rounded to the precision of the products
+//   probe        a few rows: is too much active, the member is left to others
 //   encode       a tile of rows at a time: pre-activations, which stay in cache, and the entries that are kept of them
 //   reconstruct  row by row: x_hat, its error, the gradient of each kept code
 //   index        the entries once more, latent by latent, by a counting sort
@@ -14,10 +15,11 @@
 #include "sparse_reconstruct.h"
 #include "sparse_weights.h"
 
-// 0: done. 1: more is active than `densest` allows, nothing was computed. 2: no memory.
+// 0: done, but for members that are marked as left. 2: no memory.
 extern "C" int sparse_step(const Problem *p) {
     try {
-        return p->half ? Step<bf16>(*p).run() : Step<float>(*p).run();
+        p->half ? Step<bf16>(*p).run() : Step<float>(*p).run();
+        return 0;
     } catch (const std::bad_alloc &) {
         return 2;
     }

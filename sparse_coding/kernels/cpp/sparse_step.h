@@ -46,6 +46,8 @@ template <class T> class Step {
         whole = p.members >= 4 * p.threads;
         group = std::min<int64_t>(p.members, std::max<int64_t>(1, (8 * p.threads + n_tiles - 1) / n_tiles));
         members.resize(whole ? p.threads : group);
+        dense.reset(new std::atomic<bool>[p.members]);
+        for (int64_t i = 0; i < p.members; i++) dense[i] = p.left[i];
         for (auto &m : members) {
             m.panels.reset(new Element[size_t(blocks) * depth * WIDTH]);
             m.inputs.reset(new T[size_t(p.rows) * depth]);
@@ -57,14 +59,14 @@ template <class T> class Step {
         }
     }
 
-    int run() {
+    void run() {
         team.run([this](int thread) { work(thread); });
-        return dense.load();
+        for (int64_t i = 0; i < p.members; i++) p.left[i] = dense[i].load();
     }
 
   private:
     using Element = typename Panel<T>::Element;
-    static constexpr double MARGIN = 2;
+    static constexpr double MARGIN = 2, SLACK = 1.25;
 
     struct Member {
         std::unique_ptr<Element[]> panels;
@@ -88,7 +90,7 @@ template <class T> class Step {
     int64_t depth, blocks, columns, tile_rows, n_tiles, slots, group;
     std::vector<Member> members;
     bool whole;
-    std::atomic<int> dense{0};
+    std::unique_ptr<std::atomic<bool>[]> dense;  // of each member
     std::mutex lock;
 
     void work(int thread) {
@@ -111,16 +113,16 @@ template <class T> class Step {
         if (p.seconds) s.since = processor_seconds();
         if (whole) {
             Member &m = members[thread];
-            for (int i; !dense.load() && (i = team.next(int(p.members))) >= 0;) {
+            for (int i; (i = team.next(int(p.members))) >= 0;) {
                 begin(m, i);
                 phases(s, [&](Phase phase, int64_t pieces, auto f) {
-                    for (int64_t piece = 0; piece < pieces; piece++) f(m, piece);
+                    for (int64_t piece = 0; piece < pieces && !dense[i].load(); piece++) f(m, piece);
                     spent(s, phase);
                 });
             }
             return;
         }
-        for (int64_t first = 0; first < p.members && !dense.load(); first += group) {
+        for (int64_t first = 0; first < p.members; first += group) {
             int64_t count = std::min(group, p.members - first);
             team.meet([&] {
                 for (int64_t i = 0; i < count; i++) begin(members[i], first + i);
@@ -129,7 +131,7 @@ template <class T> class Step {
             phases(s, [&](Phase phase, int64_t pieces, auto f) {
                 if (p.seconds) s.since = processor_seconds();
                 for (int i; (i = team.next(int(count * pieces))) >= 0;) {
-                    f(members[i / pieces], i % pieces);
+                    if (!dense[first + i / pieces].load()) f(members[i / pieces], i % pieces);
                     spent(s, phase);
                 }
                 team.meet();
@@ -140,12 +142,9 @@ template <class T> class Step {
     template <class F> void phases(Scratch &s, F share) {
         share(PACK, depth / 16, [&](Member &m, int64_t i) { pack_(m, i); });
         if (p.rule == BATCH) share(CHOOSE, 1, [&](Member &m, int64_t) { guess(m, s); });
+        if (p.rule == ABOVE) share(CHOOSE, 1, [&](Member &m, int64_t) { probe(m, s); });
         share(CHOOSE, n_tiles, [&](Member &m, int64_t t) { encode(m, t, s); });
-        if (dense.load()) return;
-        if (p.rule == BATCH) {
-            share(CHOOSE, 1, [&](Member &m, int64_t) { settle(m); });
-            if (dense.load()) return;
-        }
+        if (p.rule == BATCH) share(CHOOSE, 1, [&](Member &m, int64_t) { settle(m); });
         share(RECONSTRUCT, n_tiles, [&](Member &m, int64_t t) { reconstruct(m, t, s); });
         share(INDEX, 1, [&](Member &m, int64_t) { index(m); });
         share(WEIGHTS, blocks, [&](Member &m, int64_t b) { weights(m, b, s); });
@@ -189,6 +188,8 @@ template <class T> class Step {
     void centre(const Member &m, int64_t b, T *out) const;
     void pre_activations(const Member &m, const T *inputs, int64_t rows, Scratch &s) const;
     void guess(Member &m, Scratch &s);
+    void probe(Member &m, Scratch &s);
+    void sample(const Member &m, int64_t rows, Scratch &s) const;
     void encode(Member &m, int64_t t, Scratch &s);
     void select(const Member &m, const float *pre, Tile &tile, Scratch &s);
     static Entry *room_for(Tile &tile, int count);

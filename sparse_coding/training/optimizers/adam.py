@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from sparse_coding.kernels import adam_native
+from sparse_coding.kernels import adam_native, triton
 from sparse_coding.training.optimizers.base import Group, StackedOptimizer, views
 
 if TYPE_CHECKING:
+    from sparse_coding.kernels.triton.adam import RowAdam
     from sparse_coding.training.optimizer import OptimizerSettings
 
 
@@ -36,16 +37,16 @@ class Adam(StackedOptimizer):
         self.counts = {group.lr: views(self.steps, group.members) for group in self.groups}
         self.native = settings.weight_decay == 0 and adam_native.fits(parameters)
 
-    def apply(self, gradients: dict[str, Tensor], scale: float) -> None:
+    def apply(self, gradients: dict[str, Tensor], scale: float | Tensor) -> None:
         settings = self.settings
-        if self.native:
+        if self.native and not isinstance(scale, Tensor):
             rates = [lr * scale for lr in self.lrs]
             betas = (settings.beta1, settings.beta2)
             if adam_native.step(self.parameters, gradients, self.moments, self.steps, rates, betas, settings.eps):
                 return
         super().apply(gradients, scale)
 
-    def update(self, group: Group, gradients: list[Tensor], lr: float) -> None:
+    def update(self, group: Group, gradients: list[Tensor], lr: float | Tensor) -> None:
         self.function(
             group.parameters,
             gradients,
@@ -62,6 +63,15 @@ class Adam(StackedOptimizer):
             eps=self.settings.eps,
             maximize=False,
         )
+
+    def row_learning(self) -> RowAdam | None:
+        settings = self.settings
+        if settings.weight_decay or settings.clip_norm is not None or not triton.serves(self.parameters["W_dec"]):
+            return None
+        from sparse_coding.kernels.triton.adam import RowAdam  # imports Triton, which a CPU need not have
+
+        betas = settings.beta1, settings.beta2
+        return RowAdam(self.parameters, self.moments, self.steps, self.lrs, betas, settings.eps)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return super().state() | {"steps": dict(self.steps)}

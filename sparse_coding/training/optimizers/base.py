@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from sparse_coding.kernels.triton.adam import RowAdam
     from sparse_coding.training.optimizer import OptimizerSettings
 
 
@@ -36,6 +37,8 @@ class StackedOptimizer(abc.ABC):
 
     moment_names: ClassVar[tuple[str, ...]] = ()
     """Parts of the state with one number for each entry of each parameter; they start at 0."""
+    on_device: ClassVar[bool] = True
+    """Whether all numbers that change from step to step may lie on the parameters' device, the factor among them."""
 
     def __init__(
         self,
@@ -57,21 +60,24 @@ class StackedOptimizer(abc.ABC):
             self.groups.append(Group(lr, members, views(self.parameters, members), moments))
 
     @torch.no_grad()
-    def step(self, gradients: Mapping[str, Tensor], scale: float) -> None:
-        """One update with learning rates `lrs * scale`; leaves the gradients as they are, waits for no device."""
+    def step(self, gradients: Mapping[str, Tensor], scale: float | Tensor) -> None:
+        """One update with learning rates `lrs * scale`; leaves the gradients as they are, waits for no device.
+
+        `scale` may lie on the device (0-d, float32), where `on_device`: a CUDA graph then reads what it holds by then.
+        """
         # Not a nicety: torch's fused Adam reads a gradient of another layout in the wrong order and says nothing.
         own = {name: gradients[name].contiguous() for name in self.parameters}
         if self.settings.clip_norm is not None:
             own = clipped(own, self.settings.clip_norm)
         self.apply(own, scale)
 
-    def apply(self, gradients: dict[str, Tensor], scale: float) -> None:
+    def apply(self, gradients: dict[str, Tensor], scale: float | Tensor) -> None:
         """The update itself, from contiguous gradients."""
         for group in self.groups:
             self.update(group, views(gradients, group.members), group.lr * scale)
 
     @abc.abstractmethod
-    def update(self, group: Group, gradients: list[Tensor], lr: float) -> None:
+    def update(self, group: Group, gradients: list[Tensor], lr: float | Tensor) -> None:
         """Update the parameters and the moments of one group."""
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -93,9 +99,21 @@ class StackedOptimizer(abc.ABC):
             for name, mask in masks.items():
                 tensors[name].masked_fill_(mask, 0)
 
+    def row_learning(self) -> RowAdam | None:
+        """The same updates, on the same state, inside the kernels that make the gradients; None where there is none."""
+        return None
+
     def averaged(self) -> dict[str, Tensor] | None:
         """The weights to evaluate with, where they are not the parameters themselves (schedule-free); copies."""
         return None
+
+
+def descend(parameters: list[Tensor], directions: list[Tensor] | tuple[Tensor, ...], lr: float | Tensor) -> None:
+    """p -= lr * direction."""
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(parameters, torch._foreach_mul(directions, lr))
+    else:
+        torch._foreach_add_(parameters, directions, alpha=-lr)
 
 
 def views(tensors: Mapping[str, Tensor], members: Sequence[int]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_coding.training.optimizers.base import Group, StackedOptimizer
+from sparse_coding.training.optimizers.base import Group, StackedOptimizer, descend
 
 
 class SGD(StackedOptimizer):
@@ -16,13 +16,13 @@ class SGD(StackedOptimizer):
 
     moment_names = ("momentum",)
 
-    def update(self, group: Group, gradients: list[Tensor], lr: float) -> None:
+    def update(self, group: Group, gradients: list[Tensor], lr: float | Tensor) -> None:
         momentum = group.moments["momentum"]
         if self.settings.weight_decay:
             gradients = list(torch._foreach_add(gradients, group.parameters, alpha=self.settings.weight_decay))
         torch._foreach_mul_(momentum, self.settings.own_momentum)
         torch._foreach_add_(momentum, gradients)
-        torch._foreach_add_(group.parameters, momentum, alpha=-lr)
+        descend(group.parameters, momentum, lr)
 
 
 class Signum(StackedOptimizer):
@@ -33,7 +33,7 @@ class Signum(StackedOptimizer):
 
     moment_names = ("momentum",)
 
-    def update(self, group: Group, gradients: list[Tensor], lr: float) -> None:
+    def update(self, group: Group, gradients: list[Tensor], lr: float | Tensor) -> None:
         momentum = group.moments["momentum"]
         torch._foreach_mul_(momentum, self.settings.own_momentum)
         torch._foreach_add_(momentum, gradients, alpha=1 - self.settings.own_momentum)
@@ -42,4 +42,4 @@ class Signum(StackedOptimizer):
         signs = torch._foreach_sign(momentum)
         # The sign of NaN is 0: a member that broke would stand still and look well.
         torch._foreach_add_(signs, momentum, alpha=0)
-        torch._foreach_add_(group.parameters, signs, alpha=-lr)
+        descend(group.parameters, signs, lr)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.training.optimizers.adam import AdamW
-from sparse_coding.training.optimizers.base import Group, StackedOptimizer
+from sparse_coding.training.optimizers.base import Group, StackedOptimizer, descend
 
 if TYPE_CHECKING:
     from sparse_coding.training.optimizer import OptimizerSettings
@@ -48,7 +48,7 @@ class Muon(StackedOptimizer):
         self.rest = AdamW(rest, lrs, settings)
         self.parameters = dict(parameters)  # what `step` reads gradients of
 
-    def apply(self, gradients: dict[str, Tensor], scale: float) -> None:
+    def apply(self, gradients: dict[str, Tensor], scale: float | Tensor) -> None:
         self.rest.apply({name: gradients[name] for name in self.rest.parameters}, scale)
         directions = {}
         for name, momentum in self.moments["momentum"].items():
@@ -59,10 +59,10 @@ class Muon(StackedOptimizer):
             directions[name] = direction.mul_(max(1, rows / columns) ** 0.5)
         super().apply(directions, scale)
 
-    def update(self, group: Group, gradients: list[Tensor], lr: float) -> None:
+    def update(self, group: Group, gradients: list[Tensor], lr: float | Tensor) -> None:
         if self.settings.weight_decay:
             torch._foreach_mul_(group.parameters, 1 - lr * self.settings.weight_decay)
-        torch._foreach_add_(group.parameters, gradients, alpha=-lr)
+        descend(group.parameters, gradients, lr)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return super().state() | self.rest.state()

@@ -25,6 +25,7 @@ class ScheduleFree(StackedOptimizer):
     """
 
     moment_names = ("moment2",)
+    on_device = False
 
     def __init__(
         self,
@@ -41,7 +42,8 @@ class ScheduleFree(StackedOptimizer):
             name: torch.zeros(len(lrs), dtype=torch.float64) for name in ("steps", "highest_rate", "sum_of_weights")
         }
 
-    def update(self, group: Group, gradients: list[Tensor], lr: float) -> None:
+    def update(self, group: Group, gradients: list[Tensor], lr: float | Tensor) -> None:
+        assert isinstance(lr, float)
         settings, y, z, moment2 = self.settings, group.parameters, self.z_views[group.lr], group.moments["moment2"]
         steps, share = self._count(group, lr)
         torch._foreach_mul_(moment2, settings.beta2)
