@@ -246,8 +246,7 @@ def tail(folder, offset, follow, out, source):
 
 def main():
     request = json.loads(sys.stdin.buffer.readline())
-    if not os.path.isdir(BASE):
-        os.makedirs(BASE, mode=0o700, exist_ok=True)  # another start may be making it
+    os.makedirs(BASE, mode=0o700, exist_ok=True)
     write(os.path.join(BASE, "contact"), f"{time.monotonic()}\n")  # the watchdog looks whether this changes
     folder = os.path.join(JOBS, request.get("name") or "")
     verb = request["verb"]
