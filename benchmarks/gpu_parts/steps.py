@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.gpu_parts.measure import Meter, Sizes
 from benchmarks.rivals import gpu_peers
+from sparse_coding.kernels.picked import picked
 from sparse_coding.training.settings import TrainingSettings
 from sparse_coding.training.sweep import Member, grid
 from sparse_coding.training.trainer import Trainer
@@ -34,13 +35,17 @@ class Case:
     products: int = 1
     """Dense products of a step of the least work: the encoder's, or all five."""
     aim: float | None = None
+    fixed: tuple[tuple[str, Any], ...] = ()
+    """Settings of all members."""
 
     @property
     def members(self) -> int:
         return len(next(iter(self.varied.values())))
 
     def grid(self) -> list[Member]:
-        return grid(self.kind, {"synthetic": self.d_in}, [self.d_sae / self.d_in], varied=self.varied)
+        return grid(
+            self.kind, {"synthetic": self.d_in}, [self.d_sae / self.d_in], varied=self.varied, **dict(self.fixed)
+        )
 
     def limit(self, meter: Meter) -> float:
         """Tokens a second where nothing but the products and Adam's reads and writes takes time."""
@@ -54,11 +59,13 @@ def cases(sizes: Sizes) -> list[Case]:
     small, large = sizes.batches
     d_in, d_sae, k, count = sizes.d_in, sizes.d_sae, sizes.k, sizes.members
     ratio, l1 = sizes.small_d_in, [0.5 * 2 ** (i / 4) for i in range(count)]
+    ks, plain = [k + i for i in range(count)], (("dead_latents", "none"),)
     return [
-        Case(f"topk 32x, batch {small:,}", "topk", d_in, d_sae, small, {"k": [k]}, aim=5e6),
-        Case(f"topk 32x, batch {large:,}", "topk", d_in, d_sae, large, {"k": [k]}, aim=8e6),
-        Case(f"relu 32x, dense at first, batch {small:,}", "relu", d_in, d_sae, small, {"l1_coefficient": [1.0]}, 5),
-        Case(f"{count} x topk 32x, batch {small:,}", "topk", d_in, d_sae, small, {"k": [k + i for i in range(count)]}),
+        Case(f"topk 32x, batch {small:,}", "topk", d_in, d_sae, small, {"k": [k]}, aim=5e6, fixed=plain),
+        Case(f"topk 32x, batch {large:,}", "topk", d_in, d_sae, large, {"k": [k]}, aim=8e6, fixed=plain),
+        Case(f"relu 32x, dense, batch {small:,}", "relu", d_in, d_sae, small, {"l1_coefficient": [1.0]}, 5),
+        Case(f"topk 32x with AuxK, batch {small:,}", "topk", d_in, d_sae, small, {"k": [k]}),
+        Case(f"{count} x topk 32x, batch {small:,}", "topk", d_in, d_sae, small, {"k": ks}, fixed=plain),
         Case(f"{count} x relu {ratio} to {sizes.small_d_sae:,}, batch {sizes.small_batch:,}", "relu", ratio,
              sizes.small_d_sae, sizes.small_batch, {"l1_coefficient": l1}, 5),
     ]  # fmt: skip
@@ -87,7 +94,7 @@ class Rows:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         start = step * self.batch_size % (len(self.order) // self.batch_size * self.batch_size)
-        return {"synthetic": self.rows[self.order[start : start + self.batch_size]].float()}
+        return {"synthetic": picked(self.rows, self.order[start : start + self.batch_size], torch.float32)}
 
 
 @lru_cache(maxsize=1)
@@ -102,10 +109,10 @@ def measure(meter: Meter, sizes: Sizes) -> None:
     for case in chosen:
         with meter.attempt(case.name):
             if meter.has_time(case.name, 5.0 if meter.cuda else 0.2):
-                ours(meter, case, sizes)
+                ours(meter, case, sizes, both=case is chosen[0])
     with meter.attempt("profile"):
         profile(meter, chosen[0], sizes)
-    for case in chosen[:3]:
+    for case in (chosen[0], chosen[2]):
         peers(meter, case, sizes)
     for package in gpu_peers.PACKAGES:
         if not gpu_peers.installed(package):
@@ -138,16 +145,21 @@ def same_bits(meter: Meter, sizes: Sizes) -> None:
         meter.add(what, len(differ), "tensors", 0, note=", ".join(differ[:4]))
 
 
-def ours(meter: Meter, case: Case, sizes: Sizes) -> None:
+def ours(meter: Meter, case: Case, sizes: Sizes, both: bool) -> None:
+    """As one graph, and where `both` kernel by kernel too."""
     rows = rows_of(case.d_in, case.d_sae, case.batch, sizes.rows, meter.device)
     limit = case.limit(meter)
-    for recorded in (False, True) if meter.cuda else (False,):
+    for recorded in ((False, True) if both else (True,)) if meter.cuda else (False,):
         made = trainer(meter, case, rows, recorded)
+        for _ in range(0 if meter.quick else 30):  # beyond the rows after which a latent can be dead
+            made.advance()
         if meter.cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds = meter.seconds(made.advance, 3.0)
+        seconds = meter.seconds(made.advance, 1.5)
         what = f"{case.name}: {'one graph' if recorded else 'kernel by kernel'}"
         note = f"{1e3 * seconds:.3f} ms a step"
+        if not case.fixed and case.kind == "topk":
+            note += f", {int(made.stacks[0].clocks.dead().sum()):,} latents dead"
         if meter.cuda:
             note += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, {meter.waits(made.advance):g} waits a step"
         if recorded and made.graphs.refused:
@@ -165,6 +177,7 @@ def profile(meter: Meter, case: Case, sizes: Sizes) -> None:
     made = trainer(meter, case, rows, recorded=False)
     for _ in range(3):
         made.advance()
+    meter.wait()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as taken:
         for _ in range(10):
@@ -194,7 +207,7 @@ def peer(meter: Meter, case: Case, sizes: Sizes, what: str, make: Callable[..., 
         number = next(step)
         update(number, rows.batch(number)["synthetic"])
 
-    seconds = meter.seconds(advance, 2.5)
+    seconds = meter.seconds(advance, 1.5)
     waits = meter.waits(advance)
     note = f"{1e3 * seconds:.3f} ms a step" + ("" if waits is None else f", {waits:g} waits a step")
     mine = meter.rates.get(case.name)

@@ -91,7 +91,7 @@ def dictionary_learning(
 
     def update(step: int, x: Tensor) -> None:
         with torch.autocast(torch.device(device).type, torch.bfloat16) if autocast else nullcontext():
-            trainer.update(step, x)
+            trainer.update(step, x.bfloat16() if autocast else x)  # as its own loop hands them over
 
     return update
 

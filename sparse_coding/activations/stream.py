@@ -24,6 +24,7 @@ from sparse_coding.activations.models import LanguageModel
 from sparse_coding.activations.sites import Site, resolve_all
 from sparse_coding.activations.tokens import Contexts
 from sparse_coding.errors import UserError
+from sparse_coding.kernels.picked import picked
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class ActivationStream:
             chosen = block.order[first : first + left]
             # Taken out before the next block replaces this one: two never lie in memory together.
             for name, x in block.rows.items():
-                parts[name].append(x.index_select(0, chosen).to(self.dtype))  # 6 times as fast as x[chosen] on a CPU
+                parts[name].append(picked(x, chosen, self.dtype))
             position, left = position + len(chosen), left - len(chosen)
         return {name: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for name, pieces in parts.items()}
 

@@ -44,19 +44,31 @@ def dense_gradients(
     revives = moment.dead is not None and settings.dead_latents != "none"
     if settings.error != "mse" or settings.skip or moment.error or revives:
         return None
-    weight, norms = l1_weight.unsqueeze(1), dictionary.norms.detach() if counts_norms else None
+    weight, norms, learning = l1_weight.unsqueeze(1), None, dictionary.learning
+    penalty, slope = weight.expand_as(values[bias]), None
+    if counts_norms:
+        norms = dictionary.norms.detach()
+        penalty = weight * norms
+        learning = None if settings.parts else learning  # which knows one norm an atom
+        slope = None if learning is None else torch.where(norms > 0, weight / norms, 0.0)
     problem = DenseProblem(
         x, x if target is None else target, values.get("W_enc"), values[bias], values["W_dec"], values.get("b_dec"),
-        settings.subtracts, weight.expand_as(values[bias]) if norms is None else weight * norms, error_weight, **own,
+        settings.subtracts, penalty, error_weight, norm_slope=slope, learning=learning,
+        unit=settings.decoder == "unit", projects=settings.decoder == "unit" and settings.remove_parallel_gradient,
+        **own,
     )  # fmt: skip
     dense = dense_step(problem, dtype)
     gradients = dict(dense.gradients)
     gradients[bias] = gradients.pop("b_enc")
-    if norms is not None:
+    if norms is not None and "W_dec" in gradients:
         add_slope_of_norms_(gradients["W_dec"], dictionary, weight * dense.gates)
-    l1 = (dense.gates if norms is None else dense.gates * norms).sum(1)
+    sizes = dense.codes.sum(1)
+    if norms is not None:
+        l1 = (dense.gates * norms).sum(1)
+    else:
+        l1 = sizes if dense.gates is dense.codes else dense.gates.sum(1)
     loss = error_weight * dense.squared_error + l1_weight * l1 + dense.auxiliary
-    result = StepResult(gradients, loss, dense.squared_error, dense.codes.sum(1), dense.active)
+    result = StepResult(gradients, loss, dense.squared_error, sizes, dense.active)
     return Dense(result, dense, l1)
 
 

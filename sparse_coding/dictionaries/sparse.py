@@ -13,6 +13,7 @@ from sparse_coding.dictionaries.linear import LinearDictionary
 from sparse_coding.kernels import triton
 from sparse_coding.kernels.result import StepResult
 from sparse_coding.kernels.sparse import SparseProblem, SparseResult, sparse_step
+from sparse_coding.kernels.spread import spread
 
 
 class Fast(NamedTuple):
@@ -48,9 +49,8 @@ def sparse_gradients(
     rows, meant = len(x), (x if target is None else target).contiguous()
     each = error_weight / rows  # the weight of a row
     if settings.error == "fvu":
-        spread = (meant - meant.mean(0)).square().sum()
         known = x.device.type == "cpu" and not triton.serves(x)  # asking a GPU would wait for it
-        each = error_weight / (spread.item() if known else spread)
+        each = error_weight / (spread(meant).item() if known else spread(meant))
     extra, factor = aux_of(dictionary, moment, rows) if revives else ({}, None)
     norms = scoring_norms(dictionary) if own["rule"] != "above" or revives else None
     problem = SparseProblem(
@@ -64,7 +64,7 @@ def sparse_gradients(
         return None
     errors = sparse.errors * each
     loss, terms = errors.sum(1), {}
-    if factor is not None:
+    if factor is not None and sparse.auxk is not None:
         terms["auxk"] = sparse.auxk / rows * factor
         loss = loss + dictionary.auxk_coefficient * terms["auxk"]
     left = () if sparse.left is None else sparse.left.numpy().nonzero()[0].tolist()

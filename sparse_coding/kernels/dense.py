@@ -41,13 +41,16 @@ class DenseProblem(LinearProblem):
     """Given with b_mag: gated."""
     frozen: bool = True
     """The last term of the gated loss trains neither W_dec nor, but for x - b_dec, b_dec."""
+    norm_slope: Float[Tensor, "M d_sae"] | None = None
+    """Where an update has to count the penalty's slope in the norms: times the mean of what is penalised and the atom,
+    it is added to the atom's gradient."""
 
 
 class DenseResult(NamedTuple):
     """Gradients of the loss, and its parts as means over rows."""
 
     gradients: dict[str, Tensor]
-    """Of the parameters that were given, by name."""
+    """Of the parameters that were given, by name, but for those that were updated."""
     squared_error: Float[Tensor, " M"]
     auxiliary: Float[Tensor, " M"]
     """The squared error of the gates' own x_hat; 0 without gates."""

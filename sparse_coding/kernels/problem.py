@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparse_coding.kernels.triton.adam import RowAdam
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,13 @@ class LinearProblem:
     b_dec: Float[Tensor, "M d_out"] | None
     subtracts: bool
     """Whether the encoder sees x - b_dec."""
+    _: KW_ONLY
+    learning: RowAdam | None = None
+    """Update W_enc and W_dec in place, instead of giving their gradients; read on a GPU alone."""
+    unit: bool = False
+    """An update of W_dec ends with atoms of norm 1."""
+    projects: bool = False
+    """It leaves out the part of an atom's gradient along the atom."""
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:

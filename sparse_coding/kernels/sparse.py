@@ -15,7 +15,7 @@ needed; `sparse_operators.py` does the same in torch's operators, and is what ru
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,9 +23,6 @@ from torch import Tensor
 
 from sparse_coding.kernels import sparse_native, sparse_operators, triton
 from sparse_coding.kernels.problem import LinearProblem
-
-if TYPE_CHECKING:
-    from sparse_coding.kernels.triton.adam import RowAdam
 
 DENSEST = {"native": 3 / 16, "operators": 1 / 24}
 """Share of active entries up to which an implementation is faster than autograd; measured, see docs/kernels.md."""
@@ -66,12 +63,6 @@ class SparseProblem(LinearProblem):
     """No k is larger; known without asking the device."""
     density: float = 0.0
     """Share of the entries that is thought to be active (above); a GPU goes by it, as asking it would be waiting."""
-    learning: RowAdam | None = None
-    """Update W_enc and W_dec in place, instead of giving their gradients; read on a GPU alone."""
-    unit: bool = False
-    """An update of W_dec ends with atoms of norm 1."""
-    projects: bool = False
-    """It leaves out the part of an atom's gradient along the atom."""
 
     @property
     def prefixes(self) -> tuple[int, ...]:
@@ -86,8 +77,8 @@ class SparseResult(NamedTuple):
     errors: Float[Tensor, "M n_prefixes"]
     squared_error: Float[Tensor, " M"]
     """Of the whole."""
-    auxk: Float[Tensor, " M"]
-    """Squared distances, without weight."""
+    auxk: Float[Tensor, " M"] | None
+    """Squared distances, without weight; there are some where latents are dead."""
     l1: Float[Tensor, " M"]
     active: Float[Tensor, "M d_sae"]
     """On how many rows each latent fired."""

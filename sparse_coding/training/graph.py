@@ -13,16 +13,17 @@ An update is launched kernel by kernel
     always, where a language model is part of the loss, or the optimiser keeps numbers on the CPU (schedule-free)
     from then on, where recording fails, which is told on stderr
 
-and it makes no difference to what is trained: the same kernels read the same numbers. Not run on a GPU yet; the tests
-record and replay operators on a CPU.
+and it makes no difference to what is trained: the same kernels read the same numbers. In a graph, stacks run beside one
+another. The tests record and replay operators on a CPU, and compare real graphs where there is a GPU.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from sparse_coding.training.trainer import Trainer
 
 WARM_UP = 3
+STREAMS = 4
+"""On which stacks are recorded, so that small ones fill the gaps that others leave."""
 MOST = 8
 """Graphs kept; the one recorded first gives way."""
 
@@ -48,12 +51,22 @@ class Recorder(Protocol):
         """What does on the device all that `run` would do; `run` is called once, and the device does nothing yet."""
         ...
 
+    def beside(self, number: int) -> AbstractContextManager[Any]:
+        """What is recorded inside may run beside what is recorded outside, until `join`."""
+        ...
+
+    def join(self) -> None:
+        """What is recorded from here on comes after all that."""
+        ...
+
 
 class CudaRecorder:
     """Records on a stream of its own. Graphs share one pool of memory, as no two of them run side by side."""
 
     def __init__(self, device: torch.device):
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.sides: list[torch.cuda.Stream] = []
+        self.forked: list[torch.cuda.Stream] = []
 
     def warm_up(self, run: Run) -> None:
         current = torch.cuda.current_stream(self.stream.device)
@@ -71,7 +84,24 @@ class CudaRecorder:
         except BaseException:
             torch.cuda.set_stream(current)  # which torch does not do where recording ends in an error
             raise
+        finally:
+            self.forked.clear()
         return graph.replay
+
+    @contextmanager
+    def beside(self, number: int) -> Iterator[None]:
+        while len(self.sides) <= number % STREAMS:
+            self.sides.append(torch.cuda.Stream(self.stream.device))
+        side = self.sides[number % STREAMS]
+        side.wait_stream(torch.cuda.current_stream(self.stream.device))
+        self.forked.append(side)
+        with torch.cuda.stream(side):
+            yield
+
+    def join(self) -> None:
+        for side in self.forked:
+            torch.cuda.current_stream(self.stream.device).wait_stream(side)
+        self.forked.clear()
 
 
 class Graphs:
@@ -88,6 +118,7 @@ class Graphs:
         """What replays an update, and the versions of the parameters since."""
         self._met: Counter[Hashable] = Counter()
         self._stacks: list[Stack] = []
+        self._recording = False
         self.refused = False
         """Updates are launched kernel by kernel from now on."""
         self._told = False
@@ -119,6 +150,16 @@ class Graphs:
             for stack in self._going():
                 stack.steps_summed += 1
         return True
+
+    def beside(self, number: int) -> AbstractContextManager[Any]:
+        """For stack `number` of an update: stacks are independent of one another, until `join`."""
+        if self._recording and self.recorder is not None and len(self._going()) > 1:
+            return self.recorder.beside(number)
+        return nullcontext()
+
+    def join(self) -> None:
+        if self._recording and self.recorder is not None:
+            self.recorder.join()
 
     def _run(self) -> None:
         self.trainer.update(self.inputs, self.scale)
@@ -165,6 +206,7 @@ class Graphs:
         """The graph of a branch, kept for the next time; None where it cannot be recorded."""
         assert self.recorder is not None
         before = [stack.steps_summed for stack in self._stacks]
+        self._recording = True
         try:
             replay = self.recorder.record(self._run)
         except Exception as error:
@@ -173,6 +215,7 @@ class Graphs:
             tell(f"updates cannot be recorded as a CUDA graph ({words[0]}): they go on kernel by kernel")
             return None
         finally:
+            self._recording = False
             for stack, summed in zip(self._stacks, before, strict=True):
                 stack.steps_summed = summed
         if len(self._graphs) == MOST:

@@ -128,7 +128,8 @@ def make_optimizer(
     settings: OptimizerSettings,
     matrices: Collection[str] = (),
 ) -> StackedOptimizer:
-    """The optimiser of a stack; it updates `parameters`, each `[M ...]` and contiguous, in place.
+    """The optimiser of a stack; it updates `parameters`, each `[M ...]` and contiguous (its last two axes may lie
+    in memory the other way round), in place.
 
     `lrs` holds the learning rate of each of the M members, `matrices` the names of the parameters `[M r c]` that muon
     orthogonalises (a name that is no parameter is passed over). Make it when the parameters have their initial values:

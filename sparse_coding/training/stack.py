@@ -71,6 +71,9 @@ class Stack:
         kind = architecture(members[0].architecture)
         generators = [member.generator() for member in members]
         self.dictionary: Any = kind.init([member.settings for member in members], generators, device, sample)
+        on_triton = triton.serves(self.dictionary.atoms)
+        if on_triton and hasattr(self.dictionary, "W_enc"):
+            self.dictionary.W_enc.data = triton.latents_together(self.dictionary.W_enc.data)
         matrices = {name for name in ("W_enc", "W_dec", "W_skip") if hasattr(self.dictionary, name)}
         lrs = [member.lr for member in members]
         self.optimizer = make_optimizer(self.dictionary.tensors(), lrs, settings, matrices)
@@ -78,7 +81,7 @@ class Stack:
         self.revives = getattr(members[0].settings, "dead_latents", "none") != "none"
         self.loss_scale = LossScale(len(members), device) if dtype == torch.float16 else None
         self.learning = None if self.loss_scale else self.optimizer.row_learning()
-        self.density = torch.ones(len(members)) if triton.serves(self.dictionary.atoms) else None
+        self.density = torch.ones(len(members)) if on_triton else None
         """Share of the entries that was active up to the last line of the log; on a GPU, see `_choose`."""
         self._choose()
         self.micro = MicroBatches(members[0].name)
@@ -177,10 +180,13 @@ class Stack:
         self.clocks.count(result.active, n_rows, step)
         l0 = result.active.sum(-1) / n_rows
         measured = dict(zip(METRICS, (result.loss, result.squared_error, result.l1, l0), strict=True))
-        for name, value in (measured | dict(result.terms)).items():
+        measured |= dict(result.terms)
+        for name in measured:
             if name not in self.sums:  # a term that enters later, such as AuxK
                 self.sums[name] = torch.zeros_like(self.sums["loss"])
-            self.sums[name] += value
+        sums = [self.sums[name] for name in measured]
+        rows = torch.stack(list(measured.values())).double()
+        torch._foreach_add_(sums, list(rows))  # pyright: ignore[reportPrivateImportUsage]
         self.steps_summed += 1
 
     @torch.no_grad()

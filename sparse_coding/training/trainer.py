@@ -15,6 +15,7 @@ from torch import Tensor
 from sparse_coding.dictionaries import Moment, TrainableDictionary
 from sparse_coding.dictionaries.base import ErrorFunction
 from sparse_coding.errors import Interrupted
+from sparse_coding.kernels.spread import spread
 from sparse_coding.progress import Progress
 from sparse_coding.training import checkpoint
 from sparse_coding.training.build import build_stacks
@@ -168,15 +169,19 @@ class Trainer:
 
     def update(self, batch: Mapping[str, Tensor], scale: float | Tensor) -> None:
         """What an update does on the device; it waits for it only where each batch is looked at."""
-        variances = {site: _total_variance(batch[site]) for site in self.moments}
+        variances = {site: spread(batch[site]) / len(batch[site]) for site in self.moments}
         if self.careful and not all(bool(value.isfinite()) for value in variances.values()):
             raise NotFinite
-        for group, stack in zip(self.groups, self.stacks, strict=True):
-            if stack.resting:
-                continue
-            with memory_for("updating the weights", "lower --ratios, or train fewer dictionaries at once"):
-                losses = stack.step(batch, scale, self.moment(stack))
-            self.settling.count(group, losses, variances[stack.target or stack.site])
+        losses: dict[int, Tensor] = {}
+        with memory_for("updating the weights", "lower --ratios, or train fewer dictionaries at once"):
+            for number, stack in enumerate(self.stacks):
+                if not stack.resting:
+                    with self.graphs.beside(number):
+                        losses[number] = stack.step(batch, scale, self.moment(stack))
+        self.graphs.join()
+        for number, value in losses.items():
+            stack = self.stacks[number]
+            self.settling.count(self.groups[number], value, variances[stack.target or stack.site])
         for site, value in variances.items():
             self.moments[site][0] += value
             self.moments[site][1] += 1
@@ -327,8 +332,3 @@ class Trainer:
             stack.load_state(tensors, 1 if stack.resting else steps_summed)
         for site, moments in self.moments.items():
             moments.copy_(tensors[f"moments/{site}"])
-
-
-def _total_variance(x: Tensor) -> Tensor:
-    """Of a batch [B d], over dims: the denominator of FVU in the log. NaN or infinity where x holds any."""
-    return (x - x.mean(0)).square().sum() / len(x)

@@ -72,3 +72,14 @@ def test_probabilities_ask_a_device_for_no_value(changes):
     normal, decay = torch.empty(5, 24, device="meta"), torch.empty(24, device="meta")
     factor = None if made._factor is None else torch.empty(24, 24, device="meta")
     assert probabilities_from(made.settings, normal, factor, decay).shape == (5, 24)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records a CUDA graph")
+@pytest.mark.parametrize("changes", KINDS)
+def test_a_recorded_batch_is_the_batch(changes):
+    stream = DeviceWorldStream(World(preset("hoagy-2023-07", **{**WORLD, **changes}), "cuda"), 64)
+    batches = [stream.batch(step)["synthetic"] for step in (5, 0, 7, 5)]
+    for step, batch in zip((5, 0, 7, 5), batches, strict=True):
+        assert torch.equal(batch, stream.batch_with_truth(step).x)
+    assert not torch.equal(batches[0], batches[1])

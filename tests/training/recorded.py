@@ -8,6 +8,7 @@ tensor has a value, and fails whatever would ask a GPU for one or send it someth
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +39,12 @@ class Recorder:
             recording.replay()
 
         return replay
+
+    def beside(self, number: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def join(self) -> None:
+        pass
 
 
 class Recording(TorchDispatchMode):

@@ -24,3 +24,8 @@ def serves(x: Tensor) -> bool:
 def available(device: torch.device) -> bool:
     recent = torch.version.hip is None and torch.cuda.get_device_capability(device) >= OLDEST
     return recent and find_spec("triton") is not None
+
+
+def latents_together(weights: Tensor) -> Tensor:
+    """`[... d_in d_sae]` with the numbers of each latent side by side in memory, as the kernels read and write them."""
+    return weights.mT.contiguous().mT

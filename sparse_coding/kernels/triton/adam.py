@@ -10,6 +10,7 @@ As torch's: m and v are running means of g and g^2, and w -= rate / (1 - beta1^t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,45 @@ def adam(weights, gradient, moment1, moment2, rate, root, beta1, beta2, eps):
     moment1 = beta1 * moment1 + (1 - beta1) * gradient
     moment2 = beta2 * moment2 + (1 - beta2) * gradient * gradient
     return weights - rate * moment1 / (tl.sqrt(moment2) / root + eps), moment1, moment2
+
+
+@triton.jit
+def _correct(lrs, scale, steps, rates, roots, n, log_beta1, log_beta2, BLOCK: tl.constexpr):
+    """Rates and roots of a step, corrected for the bias of the first ones."""
+    member = tl.arange(0, BLOCK)
+    ok = member < n
+    count = tl.load(steps + member, mask=ok, other=1.0).to(tl.float64)
+    rate = (tl.load(lrs + member, mask=ok, other=0.0) * tl.load(scale)).to(tl.float64)
+    tl.store(rates + member, (rate / (1 - tl.exp(count * log_beta1))).to(tl.float32), mask=ok)
+    tl.store(roots + member, tl.sqrt(1 - tl.exp(count * log_beta2)).to(tl.float32), mask=ok)
+
+
+@triton.jit
+def read_row(weights, moments1, moments2, at, ok):
+    """(weights, moments) at the places `at`. To have them leave the cache first made the kernels 13% slower."""
+    value, moment1 = tl.load(weights + at, mask=ok, other=0.0), tl.load(moments1 + at, mask=ok, other=0.0)
+    return value, moment1, tl.load(moments2 + at, mask=ok, other=0.0)
+
+
+@triton.jit
+def learn_row(value, moment1, moment2, gradient, at, ok, member, weights, moments1, moments2, half, rates, roots,
+              beta1, beta2, eps, PROJECTS: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+    """What the gradient of a latent's row of a matrix makes of it: written to the places `at`, where `ok`.
+
+    PROJECTS: the part of the gradient along the row is left out. UNIT: the row is brought back to norm 1.
+    """
+    if PROJECTS:
+        gradient -= value * tl.sum(value * gradient, axis=0)
+    rate, root = tl.load(rates + member), tl.load(roots + member)
+    value, moment1, moment2 = adam(value, gradient, moment1, moment2, rate, root, beta1, beta2, eps)
+    if UNIT:
+        norm = tl.sqrt(tl.sum(tl.where(ok, value * value, 0.0), axis=0))
+        value = value / tl.maximum(norm, 1.1754944e-38)
+    tl.store(weights + at, value, mask=ok)
+    tl.store(moments1 + at, moment1, mask=ok)
+    tl.store(moments2 + at, moment2, mask=ok)
+    if half is not None:
+        tl.store(half + at, value, mask=ok)
 
 
 @triton.jit
@@ -91,10 +131,14 @@ class RowAdam:
         """Count a step and correct the rates for it."""
         names = list(self.steps)
         torch._foreach_add_([self.steps[name] for name in names], 1.0)
-        beta1, beta2 = self.betas
-        count = self.steps[names[0]].double()
-        self.rates = (self.lrs * self.scale / (1 - beta1**count)).float()
-        self.roots = (1 - beta2**count).sqrt().float()
+        n, device = len(self.lrs), self.lrs.device
+        scale = self.scale if isinstance(self.scale, Tensor) else torch.full((), self.scale, device=device)
+        self.rates, self.roots = torch.empty(2, n, device=device)
+        _correct[(1,)](
+            self.lrs, scale, self.steps[names[0]], self.rates, self.roots, n,
+            *(math.log(beta) if beta else -math.inf for beta in self.betas),
+            BLOCK=triton.next_power_of_2(n),
+        )  # fmt: skip
 
     def of(self, name: str, dtype: torch.dtype) -> Learning:
         """What the kernel that updates the parameter needs, after `begin`."""

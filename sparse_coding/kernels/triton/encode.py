@@ -4,10 +4,13 @@
 
 The k largest of a row lie in the k groups with the largest maxima, so that the choice (choose.py) reads pre-activations
 of k groups instead of all. It is exact whatever the data are: no guess of a threshold, nothing that can overflow.
+
+There are two kernels for the one product: `_encode` for every card, dtype and layout, and `_encode_by_tiles`, where
+Hopper's copy engine brings the tiles and a program goes on to its next tile while it writes the last.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportArgumentType=false, reportReturnType=false, reportPrivateImportUsage=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportReturnType=false, reportPrivateImportUsage=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -16,17 +19,24 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before Triton 3.4
+    TensorDescriptor = None
 
 GROUP = 32
 """Latents of a group."""
+NOT_A_NUMBER = tl.constexpr(0x7FFF0000)
+"""The key of NaN, above all others; like those of bf16 it has nothing in its lower half."""
 
 
 @triton.jit
 def key_of(score):
     """Scores above 0 in their order as int32; 0 for all others, and above all for what is no number."""
-    return tl.where(score != score, 0x7FFFFFFF, tl.maximum(score.to(tl.int32, bitcast=True), 0))
+    return tl.where(score != score, NOT_A_NUMBER, tl.maximum(score.to(tl.int32, bitcast=True), 0))
 
 
 @triton.jit
@@ -52,8 +62,32 @@ def passes(pre, threshold, window, member, latent, inside):
 
 
 @triton.jit
+def finish(
+    total, rows, first, member, bias, norms, threshold, window, pre, best, n_rows, d_sae, n_groups,
+    SIGNED: tl.constexpr, ABOVE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_LATENTS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """What is done with a tile of products: the bias, and what is kept of it."""
+    latents = first + tl.arange(0, BLOCK_LATENTS)
+    row_ok, latent_ok = rows[:, None] < n_rows, latents[None, :] < d_sae
+    total += tl.load(bias + member * d_sae + latents, mask=latents < d_sae, other=0.0)[None, :]
+    kept = total.to(pre.dtype.element_ty)
+    place = (member.to(tl.int64) * n_rows + rows)[:, None]
+    tl.store(pre + place * d_sae + latents[None, :], kept, mask=row_ok & latent_ok)
+    total = kept.to(tl.float32)
+    if ABOVE:
+        found = passes(total, threshold, window, member, member * d_sae + latents[None, :], latent_ok).to(tl.int32)
+    else:
+        own = None if norms is None else norms + member * d_sae
+        found = tl.where(latent_ok, key_of(score_of(total, own, latents[None, :], latent_ok, SIGNED)), 0)
+    groups = first // GROUP + tl.arange(0, BLOCK_LATENTS // GROUP)
+    largest = tl.max(tl.reshape(found, (BLOCK_ROWS, BLOCK_LATENTS // GROUP, GROUP)), axis=2)
+    tl.store(best + place * n_groups + groups[None, :], largest, mask=row_ok & (groups[None, :] < n_groups))
+
+
+@triton.jit
 def _encode(
-    inputs, weights, bias, norms, threshold, window, dead, pre, best, best_dead,
+    inputs, weights, bias, norms, threshold, window, pre, best,
     n_rows, d_in, d_sae, n_groups, stride_member, stride_in, stride_latent, stride_weights,
     SIGNED: tl.constexpr, ABOVE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_LATENTS: tl.constexpr,
     BLOCK_IN: tl.constexpr, GROUP: tl.constexpr,
@@ -71,32 +105,35 @@ def _encode(
         a = tl.load(left + dims[None, :], mask=row_ok & (dims[None, :] < d_in), other=0.0)
         b = tl.load(right + dims[:, None] * stride_in, mask=(dims[:, None] < d_in) & latent_ok, other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
-    total += tl.load(bias + member * d_sae + latents, mask=latents < d_sae, other=0.0)[None, :]
-    place = (member.to(tl.int64) * n_rows + rows)[:, None]
-    tl.store(pre + place * d_sae + latents[None, :], total, mask=row_ok & latent_ok)
+    finish(total, rows, first, member, bias, norms, threshold, window, pre, best, n_rows, d_sae, n_groups,
+            SIGNED, ABOVE, BLOCK_ROWS, BLOCK_LATENTS, GROUP)  # fmt: skip
 
-    own = None if norms is None else norms + member * d_sae
-    keys = tl.where(latent_ok, key_of(score_of(total, own, latents[None, :], latent_ok, SIGNED)), 0)
-    found = keys
-    if ABOVE:
-        found = passes(total, threshold, window, member, member * d_sae + latents[None, :], latent_ok).to(tl.int32)
-    groups = first // GROUP + tl.arange(0, BLOCK_LATENTS // GROUP)
-    group_ok = row_ok & (groups[None, :] < n_groups)
-    largest = tl.max(tl.reshape(found, (BLOCK_ROWS, BLOCK_LATENTS // GROUP, GROUP)), axis=2)
-    tl.store(best + place * n_groups + groups[None, :], largest, mask=group_ok)
-    if dead is not None:
-        is_dead = tl.load(dead + member * d_sae + latents, mask=latents < d_sae, other=0) != 0
-        keys = tl.where(is_dead[None, :], keys, 0)
-        largest = tl.max(tl.reshape(keys, (BLOCK_ROWS, BLOCK_LATENTS // GROUP, GROUP)), axis=2)
-        tl.store(best_dead + place * n_groups + groups[None, :], largest, mask=group_ok)
+
+@triton.jit
+def _encode_by_tiles(
+    inputs, weights, bias, norms, threshold, window, pre, best,
+    n_members, n_rows, d_in, d_sae, n_groups, rows_of_member,
+    SIGNED: tl.constexpr, ABOVE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_LATENTS: tl.constexpr,
+    BLOCK_IN: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """`inputs` and `weights` describe [. d_in] and [M * d_sae d_in]; `rows_of_member`: 0 where members share rows."""
+    down, across = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(d_sae, BLOCK_LATENTS)
+    for tile in tl.range(tl.program_id(0), down * across * n_members, tl.num_programs(0), flatten=True):
+        top, first, member = tile % down * BLOCK_ROWS, tile // down % across * BLOCK_LATENTS, tile // (down * across)
+        total = tl.zeros((BLOCK_ROWS, BLOCK_LATENTS), dtype=tl.float32)
+        for step in range(tl.cdiv(d_in, BLOCK_IN)):
+            a = inputs.load([member * rows_of_member + top, step * BLOCK_IN])
+            b = weights.load([member * d_sae + first, step * BLOCK_IN])
+            total = tl.dot(a, b.T, total)
+        finish(total, top + tl.arange(0, BLOCK_ROWS), first, member, bias, norms, threshold, window, pre, best,
+                n_rows, d_sae, n_groups, SIGNED, ABOVE, BLOCK_ROWS, BLOCK_LATENTS, GROUP)  # fmt: skip
 
 
 class Encoded(NamedTuple):
-    """Pre-activations in fp32, and the largest key of each group of latents: of all, and of the dead alone."""
+    """Pre-activations, and the largest key of each group of latents."""
 
     pre: Float[Tensor, "M B d_sae"]
     best: Int[Tensor, "M B n_groups"]
-    best_dead: Int[Tensor, "M B n_groups"] | None
 
 
 def encode(
@@ -105,32 +142,68 @@ def encode(
     bias: Float[Tensor, "M d_sae"],
     norms: Float[Tensor, "M d_sae"] | None,
     signed: bool,
-    dead: Bool[Tensor, "M d_sae"] | None,
+    kept: torch.dtype = torch.float32,
     above: bool = False,
     threshold: Float[Tensor, "M d_sae"] | None = None,
     window: Float[Tensor, " M"] | None = None,
 ) -> Encoded:
     """The product in the dtype of `inputs` and `weights`, summed in fp32; either may be strided, rows may be shared.
 
-    above: `best` says instead whether any latent of the group is above 0, or its threshold, or in the window around it.
+    `kept`: what pre-activations are rounded to, and then compared in. above: `best` says instead whether any latent of
+    the group is above 0, or its threshold, or in the window around it.
     """
     n_members, d_in, d_sae = weights.shape
     n_rows, n_groups = inputs.shape[1], triton.cdiv(d_sae, GROUP)
     assert inputs.stride()[1:] == (d_in, 1)
-    pre = torch.empty(n_members, n_rows, d_sae, device=inputs.device)
+    pre = torch.empty(n_members, n_rows, d_sae, device=inputs.device, dtype=kept)
     best = torch.empty(n_members, n_rows, n_groups, dtype=torch.int32, device=inputs.device)
-    best_dead = None if dead is None else torch.empty_like(best)
+    kinds = {"SIGNED": signed, "ABOVE": above, "GROUP": GROUP}
+    given = inputs, weights, bias, norms, threshold, window, pre, best
+    if in_tiles(inputs, weights):
+        encode_by_tiles(*given, **kinds)
+        return Encoded(pre, best)
     half = inputs.dtype != torch.float32
     block_rows, block_latents, block_in = (128, 256, 64) if half else (64, 64, 32)
     grid = (triton.cdiv(n_rows, block_rows) * triton.cdiv(d_sae, block_latents), n_members)
     _encode[grid](
-        inputs, weights, bias, norms, threshold, window, None if dead is None else dead.view(torch.uint8),
-        pre, best, best_dead,
-        n_rows, d_in, d_sae, n_groups, inputs.stride(0), weights.stride(1), weights.stride(2), weights.stride(0),
-        SIGNED=signed, ABOVE=above, BLOCK_ROWS=block_rows, BLOCK_LATENTS=block_latents, BLOCK_IN=block_in, GROUP=GROUP,
+        *given, n_rows, d_in, d_sae, n_groups,
+        inputs.stride(0), weights.stride(1), weights.stride(2), weights.stride(0),
+        BLOCK_ROWS=block_rows, BLOCK_LATENTS=block_latents, BLOCK_IN=block_in, **kinds,
         num_warps=8 if half else 4, num_stages=stages(inputs.device),
     )  # fmt: skip
-    return Encoded(pre, best, best_dead)
+    return Encoded(pre, best)
+
+
+def in_tiles(inputs: Tensor, weights: Tensor) -> bool:
+    """Whether the copy engine can bring both: bf16 on Hopper or later, latents side by side, rows of whole 16 bytes."""
+    capable = TensorDescriptor and inputs.is_cuda and torch.cuda.get_device_capability(inputs.device) >= (9, 0)
+    laid_out = weights.mT.is_contiguous() and (inputs.stride(0) == 0 or inputs.is_contiguous())
+    return bool(capable) and inputs.dtype == torch.bfloat16 and laid_out and inputs.shape[2] % 8 == 0
+
+
+TILES = {"BLOCK_ROWS": 128, "BLOCK_LATENTS": 256, "BLOCK_IN": 64, "num_warps": 8, "num_stages": 3}
+WIDE_TILES = {"BLOCK_ROWS": 128, "BLOCK_LATENTS": 128, "BLOCK_IN": 64, "num_warps": 8, "num_stages": 4}
+"""For pre-activations in fp32, which the epilogue stages in shared memory: four bytes each."""
+
+
+def encode_by_tiles(inputs: Tensor, weights: Tensor, *rest: Tensor | None, **kinds: int) -> None:
+    (n_members, d_in, d_sae), n_rows = weights.shape, inputs.shape[1]
+    pre, best = rest[-2:]
+    assert pre is not None
+    assert best is not None
+    tiles = WIDE_TILES if pre.dtype == torch.float32 else TILES
+    left = inputs[0] if inputs.stride(0) == 0 else inputs.reshape(-1, d_in)
+    right = weights.mT.reshape(-1, d_in)
+    grid = triton.cdiv(n_rows, tiles["BLOCK_ROWS"]) * triton.cdiv(d_sae, tiles["BLOCK_LATENTS"]) * n_members
+    _encode_by_tiles[(min(grid, multiprocessors(pre.device)),)](
+        TensorDescriptor.from_tensor(left, [tiles["BLOCK_ROWS"], tiles["BLOCK_IN"]]),
+        TensorDescriptor.from_tensor(right, [tiles["BLOCK_LATENTS"], tiles["BLOCK_IN"]]),
+        *rest, n_members, n_rows, d_in, d_sae, best.shape[2], 0 if len(left) == n_rows else n_rows, **kinds, **tiles,
+    )  # fmt: skip
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def stages(device: torch.device) -> int:

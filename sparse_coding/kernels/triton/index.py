@@ -1,7 +1,8 @@
-"""Entries in the order of their latents: a counting sort, by histogram and scan.
+"""Entries in the order of their latents: a counting sort, by bit masks and a scan.
 
-A block of entries counts its latents into a row of the histogram that no other block touches, so that there are no
-atomic adds, hot latents cost nothing, and the order, by row within each latent, is the same every time.
+A latent has one bit for each row, and 32 rows make a word: entry (row, latent) sets its bit, and how many bits lie
+before it is its place among the entries of the latent. Setting bits commutes, so that the order, by row within each
+latent, is the same every time however the hardware takes turns; nothing is compared or sorted.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
@@ -18,76 +19,84 @@ import triton.language as tl
 from jaxtyping import Int
 from torch import Tensor
 
-CHUNK = 256
-"""Entries that are compared with one another."""
-BLOCKS = 256
-"""Rows of the histogram, at most."""
+CHUNK = 1_024
+"""Entries of a program at a time."""
+PROGRAMS = 2_048
+"""For the entries of a member, at most."""
+WORD = 32
+"""Rows of a word."""
 
 
 @triton.jit
-def _count(latent, rank, histogram, total, length, d_sae, per_block, n_blocks, first_block, CHUNK: tl.constexpr,
-           PART: tl.constexpr):  # fmt: skip
-    """The rank of each entry among those of its latent in its block, and how many there are in all."""
-    member, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    latent, rank = latent + member * length, rank + member * length
-    if total is not None:
-        length = tl.load(total + member)
-        per_block = tl.cdiv(length, tl.num_programs(0) * CHUNK) * CHUNK
-    own = histogram + (member * n_blocks + first_block + block) * d_sae
-    here, part = tl.arange(0, CHUNK), tl.arange(0, PART)
-    for start in range(block * per_block, tl.minimum((block + 1) * per_block, length), CHUNK):
-        at = start + here
-        ids = tl.load(latent + at, mask=at < length, other=-1)
-        if tl.max(ids, axis=0) >= 0:
-            before, after = tl.zeros((CHUNK,), dtype=tl.int32), tl.zeros((CHUNK,), dtype=tl.int32)
-            for other in range(0, CHUNK, PART):
-                place = start + other + part
-                same = ids[:, None] == tl.load(latent + place, mask=place < length, other=-1)[None, :]
-                before += tl.sum((same & (place[None, :] < at[:, None])).to(tl.int32), axis=1)
-                after += tl.sum((same & (place[None, :] > at[:, None])).to(tl.int32), axis=1)
-            found = tl.load(own + ids, mask=ids >= 0, other=0) + before
-            tl.store(rank + at, found, mask=ids >= 0)
-            tl.debug_barrier()  # all have read the counts of the chunks before
-            tl.store(own + ids, found + 1, mask=(ids >= 0) & (after == 0))
-            tl.debug_barrier()
+def ones(word):
+    """How many bits are set in an int32."""
+    word = word.to(tl.uint32, bitcast=True)
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    return ((word + (word >> 16)) & 0x3F).to(tl.int32)
 
 
 @triton.jit
-def _scan(histogram, totals, d_sae, n_blocks, BLOCK: tl.constexpr):
-    """Counts become the number of entries in earlier blocks."""
-    member, latents = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ok, total = latents < d_sae, tl.zeros((BLOCK,), dtype=tl.int32)
-    for block in range(n_blocks):
-        place = histogram + (member * n_blocks + block) * d_sae + latents
-        count = tl.load(place, mask=ok, other=0)
-        tl.store(place, total, mask=ok)
-        total += count
-    tl.store(totals + member * d_sae + latents, total, mask=ok)
+def row_of(rows_of, place, at, ok, slots):
+    """The row of an entry: each has the same number of places, or `rows_of` tells."""
+    if rows_of is None:
+        row = at // slots
+    else:
+        row = tl.load(rows_of + place, mask=ok, other=0)
+    return row
 
 
 @triton.jit
-def _fill(latent, rank, f, slope, extra, histogram, starts, total, sorted_row, sorted_source, sorted_f, sorted_slope,
-          sorted_extra, rows_of, length, slots, n_rows, d_sae, per_block, n_blocks, first_block, first_source, n_ends,
-          ends, CHUNK: tl.constexpr):  # fmt: skip
-    """Each entry, with the row it is of and the gradient it learns from, to its place."""
-    member, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    earlier, begin = histogram + (member * n_blocks + first_block + block) * d_sae, member * length
-    if total is not None:
-        length = tl.load(total + member)
-        per_block = tl.cdiv(length, tl.num_programs(0) * CHUNK) * CHUNK
-    for start in range(block * per_block, tl.minimum((block + 1) * per_block, length), CHUNK):
+def _mark(latent, rows_of, total, words, length, slots, d_sae, n_words, first_word, CHUNK: tl.constexpr,
+          WORD: tl.constexpr):  # fmt: skip
+    """Set the bit of each entry."""
+    member = tl.program_id(1).to(tl.int64)
+    used = length if total is None else tl.load(total + member)
+    for start in range(tl.program_id(0) * CHUNK, used, tl.num_programs(0) * CHUNK):
         at = start + tl.arange(0, CHUNK)
-        ids = tl.load(latent + begin + at, mask=at < length, other=-1)
-        ok, entry = ids >= 0, begin + at
-        if rows_of is None:
-            row = member * n_rows + at // slots
-        else:
-            row = member * n_rows + tl.load(rows_of + entry, mask=ok, other=0)
+        ids = tl.load(latent + member * length + at, mask=at < used, other=-1)
+        row = row_of(rows_of, member * length + at, at, ids >= 0, slots)
+        word = words + (member * n_words + first_word + row // WORD) * d_sae + ids
+        tl.atomic_or(word, 1 << (row % WORD), mask=ids >= 0, sem="relaxed")
+
+
+@triton.jit
+def _scan(words, earlier, totals, d_sae, n_words, LATENTS: tl.constexpr, AT_ONCE: tl.constexpr):
+    """How many entries of a latent lie before each word, and how many there are in all."""
+    member, latents = tl.program_id(1).to(tl.int64), tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    wide, total = latents < d_sae, tl.zeros((LATENTS,), dtype=tl.int32)
+    for first in range(0, n_words, AT_ONCE):
+        at = first + tl.arange(0, AT_ONCE)
+        place, ok = (member * n_words + at)[:, None] * d_sae + latents[None, :], (at < n_words)[:, None] & wide[None, :]
+        counts = ones(tl.load(words + place, mask=ok, other=0))
+        tl.store(earlier + place, total[None, :] + tl.cumsum(counts, axis=0) - counts, mask=ok)
+        total += tl.sum(counts, axis=0)
+    tl.store(totals + member * d_sae + latents, total, mask=wide)
+
+
+@triton.jit
+def _fill(latent, f, slope, extra, words, earlier, starts, total, sorted_row, sorted_source, sorted_f, sorted_slope,
+          sorted_extra, rows_of, length, slots, n_rows, d_sae, n_words, first_word, first_source, n_ends, ends,
+          CHUNK: tl.constexpr, WORD: tl.constexpr):  # fmt: skip
+    """Each entry, with the row it is of and the gradient it learns from, to its place."""
+    member = tl.program_id(1).to(tl.int64)
+    used = length if total is None else tl.load(total + member)
+    for start in range(tl.program_id(0) * CHUNK, used, tl.num_programs(0) * CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        entry = member * length + at
+        ids = tl.load(latent + entry, mask=at < used, other=-1)
+        ok = ids >= 0
+        row = row_of(rows_of, entry, at, ok, slots)
+        place = (member * n_words + first_word + row // WORD) * d_sae + ids
+        before = tl.load(words + place, mask=ok, other=0) & ((1 << (row % WORD)) - 1)
+        to = tl.load(starts + member * d_sae + ids, mask=ok, other=0)
+        to += tl.load(earlier + place, mask=ok, other=0) + ones(before)
+        row = member * n_rows + row
         prefix = tl.zeros((CHUNK,), dtype=tl.int32)
         for g in range(n_ends - 1):
             prefix += (ids >= tl.load(ends + g)).to(tl.int32)
-        to = tl.load(starts + member * d_sae + ids, mask=ok, other=0)
-        to += tl.load(earlier + ids, mask=ok, other=0) + tl.load(rank + entry, mask=ok, other=0)
         tl.store(sorted_row + to, row.to(tl.int32), mask=ok)
         tl.store(sorted_source + to, (first_source + row * n_ends + prefix).to(tl.int32), mask=ok)
         tl.store(sorted_f + to, tl.load(f + entry, mask=ok, other=0.0), mask=ok)
@@ -97,7 +106,7 @@ def _fill(latent, rank, f, slope, extra, histogram, starts, total, sorted_row, s
 
 
 class List(NamedTuple):
-    """Entries row by row, and which gradients they learn from."""
+    """Entries row by row, no latent twice in a row, and which gradients they learn from."""
 
     latent: Int[Tensor, "M length"]
     """-1: none."""
@@ -130,32 +139,28 @@ class ByLatent(NamedTuple):
 
 def by_latent(lists: Sequence[List], ends: Int[Tensor, " n_ends"], n_rows: int, d_sae: int) -> ByLatent:
     """All lists in one order; a latent's entries of the first list come first. Places beyond the last are unwritten."""
-    device, n_members = lists[0].latent.device, lists[0].latent.shape[0]
-    per_block = [CHUNK * triton.cdiv(one.latent[0].numel(), CHUNK * BLOCKS) for one in lists]
-    counts = [triton.cdiv(one.latent[0].numel(), each) for one, each in zip(lists, per_block, strict=True)]
-    n_blocks = sum(counts)
-    histogram = torch.zeros(n_members, n_blocks, d_sae, dtype=torch.int32, device=device)
-    totals = torch.empty(n_members, d_sae, dtype=torch.int32, device=device)
-    ranks, first = [torch.empty_like(one.latent) for one in lists], 0
-    for one, rank, count, each in zip(lists, ranks, counts, per_block, strict=True):
-        length = one.latent[0].numel()
-        _count[(count, n_members)](
-            one.latent, rank, histogram, one.total, length, d_sae, each, n_blocks, first, CHUNK=CHUNK, PART=16
+    device, n_members, words_of_list = lists[0].latent.device, lists[0].latent.shape[0], triton.cdiv(n_rows, WORD)
+    n_words = words_of_list * len(lists)
+    words = torch.zeros(n_members, n_words, d_sae, dtype=torch.int32, device=device)
+    earlier, totals = torch.empty_like(words), torch.empty(n_members, d_sae, dtype=torch.int32, device=device)
+    lengths = [one.latent[0].numel() for one in lists]
+    grids = [(min(PROGRAMS, triton.cdiv(length, CHUNK)), n_members) for length in lengths]
+    for number, (one, length, grid) in enumerate(zip(lists, lengths, grids, strict=True)):
+        _mark[grid](
+            one.latent, one.rows, one.total, words, length, one.latent.shape[-1], d_sae, n_words,
+            number * words_of_list, CHUNK=CHUNK, WORD=WORD,
         )  # fmt: skip
-        first += count
-    _scan[(triton.cdiv(d_sae, 128), n_members)](histogram, totals, d_sae, n_blocks, BLOCK=128)
+    _scan[(triton.cdiv(d_sae, 32), n_members)](words, earlier, totals, d_sae, n_words, LATENTS=32, AT_ONCE=64)
     starts = totals.flatten().cumsum(0, dtype=torch.int32).view_as(totals) - totals
 
     capacity = sum(one.latent.numel() for one in lists)
-    row, source = (torch.empty(capacity, dtype=torch.int32, device=device) for _ in range(2))
-    f, slope = (torch.empty(capacity, device=device) for _ in range(2))
-    extra, first = None if lists[0].extra is None else torch.empty(capacity, device=device), 0
-    for one, rank, count, each in zip(lists, ranks, counts, per_block, strict=True):
-        length, slots = one.latent[0].numel(), one.latent.shape[-1]
-        _fill[(count, n_members)](
-            one.latent, rank, one.f, one.slope, one.extra, histogram, starts, one.total, row, source, f, slope, extra,
-            one.rows, length, slots, n_rows, d_sae, each, n_blocks, first, one.first_source, one.n_ends, ends,
-            CHUNK=CHUNK,
+    row, source = torch.empty(2, capacity, dtype=torch.int32, device=device)
+    f, slope = torch.empty(2, capacity, device=device)
+    extra = None if lists[0].extra is None else torch.empty(capacity, device=device)
+    for number, (one, length, grid) in enumerate(zip(lists, lengths, grids, strict=True)):
+        _fill[grid](
+            one.latent, one.f, one.slope, one.extra, words, earlier, starts, one.total, row, source, f, slope, extra,
+            one.rows, length, one.latent.shape[-1], n_rows, d_sae, n_words, number * words_of_list,
+            one.first_source, one.n_ends, ends, CHUNK=CHUNK, WORD=WORD,
         )  # fmt: skip
-        first += count
     return ByLatent(starts, totals, row, source, f, slope, extra)

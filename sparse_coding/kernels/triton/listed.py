@@ -17,26 +17,29 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_coding.kernels.triton.choose import Entries
+from sparse_coding.kernels.triton.choose import Entries, lowest_bit
 from sparse_coding.kernels.triton.encode import GROUP, Encoded, key_of, passes, score_of
 
-TILE = 256
-"""Latents of a row that are looked at together, or passed over together."""
-ROWS = 16
+TILE = 2_048
+"""Latents of a row that are looked at together; those of groups that cannot take part are not read."""
+ROWS = 4
 """Rows of a program that counts digits."""
 BINS = 256
 
 
 @triton.jit
-def keys_in(pre, norms, threshold, window, row, member, latents, d_sae, ABOVE: tl.constexpr):
-    """(pre-activations, keys) of some latents of a row; where ABOVE, keys are 1 and 0."""
+def keys_in(pre, norms, threshold, window, best, least, row, member, latents, d_sae, n_groups, ABOVE: tl.constexpr,
+            GROUP: tl.constexpr):  # fmt: skip
+    """(pre-activations, keys) of some latents of a row. Keys are -1 outside groups >= least, 1 and 0 where ABOVE."""
     inside = latents < d_sae
-    values, place = tl.load(pre + row * d_sae + latents, mask=inside, other=0.0), member * d_sae + latents
+    inside &= tl.load(best + row * n_groups + latents // GROUP, mask=inside, other=-1) >= least
+    values = tl.load(pre + row * d_sae + latents, mask=inside, other=0.0).to(tl.float32)
+    place = member * d_sae + latents
     if ABOVE:
         keys = passes(values, threshold, window, member, place, inside).to(tl.int32)
     else:
-        keys = tl.where(inside, key_of(score_of(values, norms, place, inside, False)), 0)
-    return values, keys
+        keys = key_of(score_of(values, norms, place, inside, False))
+    return values, tl.where(inside, keys, -1)
 
 
 @triton.jit
@@ -53,14 +56,10 @@ def _digits(pre, norms, best, bound, prefix, counts, n_rows, d_sae, n_groups, sh
             at = start + tl.arange(0, TILE)
             if GROUPS:
                 keys = tl.load(best + place * n_groups + at, mask=at < n_groups, other=-1)
-                bins = tl.where((keys >= 0) & (keys >> top == known), keys >> shift & (BINS - 1), BINS)
-                total += tl.histogram(bins, 2 * BINS)
             else:
-                groups = start // GROUP + tl.arange(0, TILE // GROUP)
-                if tl.max(tl.load(best + place * n_groups + groups, mask=groups < n_groups, other=-1), axis=0) >= least:
-                    _, keys = keys_in(pre, norms, None, None, place, member, at, d_sae, False)
-                    bins = tl.where((at < d_sae) & (keys >> top == known), keys >> shift & (BINS - 1), BINS)
-                    total += tl.histogram(bins, 2 * BINS)
+                _, keys = keys_in(pre, norms, None, None, best, least, place, member, at, d_sae, n_groups, False, GROUP)
+            bins = tl.where((keys >= 0) & (keys >> top == known), keys >> shift & (BINS - 1), BINS)
+            total += tl.histogram(bins, 2 * BINS)
     tl.store(counts + (member * tl.num_programs(0) + block) * 2 * BINS + tl.arange(0, 2 * BINS), total)
 
 
@@ -75,23 +74,22 @@ def _list(pre, norms, threshold, window, best, bound, first, count, least_kept, 
     if WRITES:
         n = tl.load(first + place)
     for start in range(0, d_sae, TILE):
-        groups = start // GROUP + tl.arange(0, TILE // GROUP)
-        if tl.max(tl.load(best + place * n_groups + groups, mask=groups < n_groups, other=-1), axis=0) >= least:
-            at = start + tl.arange(0, TILE)
-            values, keys = keys_in(pre, norms, threshold, window, place, member, at, d_sae, ABOVE)
-            kept = keys >= least
-            if WRITES:
-                to = n + tl.cumsum(kept.to(tl.int32), axis=0) - 1
-                mine, to = kept & (to < capacity), member * capacity + to
-                if ABOVE and threshold is not None:
-                    limit = tl.load(threshold + member * d_sae + at, mask=at < d_sae, other=0.0)
-                    values = tl.where(values > limit, values, 0.0)
-                tl.store(latent + to, at, mask=mine)
-                tl.store(f + to, values, mask=mine)
-                tl.store(rows + to, row + at * 0, mask=mine)
-            else:
-                smallest = tl.minimum(smallest, tl.min(tl.where(kept, keys, 0x7F800000), axis=0))
-            n += tl.sum(kept.to(tl.int32), axis=0)
+        at = start + tl.arange(0, TILE)
+        values, keys = keys_in(pre, norms, threshold, window, best, least, place, member, at, d_sae, n_groups, ABOVE,
+                               GROUP)  # fmt: skip
+        kept = keys >= least
+        if WRITES:
+            to = n + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+            mine, to = kept & (to < capacity), member * capacity + to
+            if ABOVE and threshold is not None:
+                limit = tl.load(threshold + member * d_sae + at, mask=at < d_sae, other=0.0)
+                values = tl.where(values > limit, values, 0.0)
+            tl.store(latent + to, at, mask=mine)
+            tl.store(f + to, values, mask=mine)
+            tl.store(rows + to, row + at * 0, mask=mine)
+        else:
+            smallest = tl.minimum(smallest, tl.min(tl.where(kept, keys, 0x7F800000), axis=0))
+        n += tl.sum(kept.to(tl.int32), axis=0)
     if not WRITES:
         tl.store(count + place, n)
         tl.store(least_kept + place, smallest)
@@ -119,9 +117,11 @@ def kth_largest(
     blocks, found, left = triton.cdiv(n_rows, ROWS), torch.zeros_like(bound), k.clone()
     counts = torch.empty(n_members, blocks, 2 * BINS, dtype=torch.int32, device=k.device)
     for top, shift in ((31, 24), (24, 16), (16, 8), (8, 0)):
+        if shift < lowest_bit(encoded.pre, norms):
+            break
         _digits[(blocks, n_members)](
             encoded.pre, norms, encoded.best, bound, found, counts, n_rows, d_sae, encoded.best.shape[2], shift, top,
-            GROUPS=groups, GROUP=GROUP, TILE=TILE, ROWS=ROWS, BINS=BINS,
+            GROUPS=groups, GROUP=GROUP, TILE=tile(d_sae), ROWS=ROWS, BINS=BINS,
         )  # fmt: skip
         at_least = counts[:, :, :BINS].sum(1).flip(1).cumsum(1).flip(1)
         digit = (at_least >= left.unsqueeze(1)).sum(1, keepdim=True).sub(1).clamp(min=0)
@@ -156,7 +156,7 @@ def listed(
     for writes in (False, True):
         _list[(n_members * n_rows,)](
             encoded.pre, norms, threshold, window, encoded.best, bound, first, count, least, latent, f, rows,
-            n_rows, d_sae, encoded.best.shape[2], capacity, ABOVE=above, WRITES=writes, GROUP=GROUP, TILE=TILE,
+            n_rows, d_sae, encoded.best.shape[2], capacity, ABOVE=above, WRITES=writes, GROUP=GROUP, TILE=tile(d_sae),
         )  # fmt: skip
         if first is None:
             ends = count.cumsum(1, dtype=torch.int32)
@@ -164,3 +164,7 @@ def listed(
             ends = ends.clamp(max=capacity)
             count = ends - first
     return Entries(latent, f, count, first, rows, ends[:, -1].contiguous()), least.amin(1).view(torch.float32)
+
+
+def tile(d_sae: int) -> int:
+    return min(TILE, max(GROUP, triton.next_power_of_2(d_sae)))

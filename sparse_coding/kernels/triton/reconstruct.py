@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparse_coding.kernels.triton.choose import Entries
 
-AT_ONCE = 8
+AT_ONCE = 4
 """Atoms in flight."""
 
 
@@ -29,7 +29,7 @@ AT_ONCE = 8
 def _reconstruct(
     latent, f, count, first_of, atoms, bias, target, weight, penalty, ends,
     learns, parts, squared, left, sizes, slope, d_f, n_rows, d_sae, d_out, slots, stride_atoms, n_ends,
-    NORM: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    NORM: tl.constexpr, OWN: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     member, n = row // n_rows, tl.load(count + row)
@@ -44,10 +44,10 @@ def _reconstruct(
     error = -tl.load(target + (row if OWN else row % n_rows) * d_out + dims, mask=width, other=0.0)
     if bias is not None:
         error += tl.load(bias + member * d_out + dims, mask=width, other=0.0)
-    first, magnitude = 0, 0.0
+    first, magnitude, part = 0, 0.0, error
     for g in range(n_ends):
         last = n
-        if n_ends > 1:
+        if MANY:
             end = tl.load(ends + g)
             last = first
             for t in range(first, n, AT_ONCE):
@@ -66,16 +66,21 @@ def _reconstruct(
         factor = 2 * scale
         if NORM:
             factor = tl.where(size > 0, scale / tl.sqrt(size), 0.0)
-        tl.store(parts + (row * n_ends + g) * d_out + dims, factor * error, mask=width)
+        part = factor * error
+        if parts is not None:
+            tl.store(parts + (row * n_ends + g) * d_out + dims, part, mask=width)
         first = last
     tl.store(sizes + row, magnitude)
     if left is not None:
         tl.store(left + row * d_out + dims, -error, mask=width)
-    tl.debug_barrier()  # what a thread wrote to `parts` another may read
+    if MANY:
+        tl.debug_barrier()  # what a thread wrote to `parts` another may read
     below, total = n, tl.zeros((BLOCK,), dtype=tl.float32)
     for back in range(n_ends):
         g = n_ends - 1 - back
-        total += tl.load(parts + (row * n_ends + g) * d_out + dims, mask=width, other=0.0)
+        if MANY:
+            part = tl.load(parts + (row * n_ends + g) * d_out + dims, mask=width, other=0.0)
+        total += part
         tl.store(learns + (row * n_ends + g) * d_out + dims, total, mask=width)
         start = 0
         if g > 0:
@@ -98,18 +103,35 @@ def _reconstruct(
         below = start
 
 
+@triton.jit
+def _add_up(squared, sizes, errors, squared_error, l1, n_rows, n_ends, NORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums over the rows of a member, in fp64."""
+    g, member, few = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    error, square = tl.zeros((BLOCK,), dtype=tl.float64), tl.zeros((BLOCK,), dtype=tl.float64)
+    size = tl.zeros((BLOCK,), dtype=tl.float64)
+    for start in range(0, n_rows, BLOCK):
+        rows, ok = member * n_rows + start + few, start + few < n_rows
+        found = tl.load(squared + rows * n_ends + g, mask=ok, other=0.0).to(tl.float64)
+        square += found
+        error += tl.sqrt(found) if NORM else found
+        size += tl.load(sizes + rows, mask=ok, other=0.0).to(tl.float64)
+    tl.store(errors + member * n_ends + g, tl.sum(error, axis=0).to(tl.float32))
+    if g == n_ends - 1:
+        tl.store(squared_error + member, tl.sum(square, axis=0).to(tl.float32))
+        tl.store(l1 + member, tl.sum(size, axis=0).to(tl.float32))
+
+
 class Reconstructed(NamedTuple):
     """Of one step, row by row."""
 
-    learns: Tensor
-    """[M B n_ends d_out]: what the atoms of each prefix learn from, in the dtype of the products."""
-    parts: Float[Tensor, "M B n_ends d_out"]
+    parts: Float[Tensor, "M B n_ends d_out"] | None
     """The gradient of each prefix's own error."""
-    squared: Float[Tensor, "M B n_ends"]
-    """Squared distance of each prefix's x_hat to the target."""
+    errors: Float[Tensor, "M n_ends"]
+    """Of each prefix's x_hat, summed over rows; the last one's squared, and the codes' sizes:"""
+    squared_error: Float[Tensor, " M"]
+    l1: Float[Tensor, " M"]
     left: Float[Tensor, "M B d_out"] | None
     """target - x_hat of the whole."""
-    l1: Float[Tensor, "M B"]
     slope: Tensor
     """d loss / d pre of each entry."""
     d_f: Tensor | None
@@ -124,18 +146,24 @@ def reconstruct(
     weight: Float[Tensor, " #M"],
     penalty: Float[Tensor, " M"] | None,
     ends: Int[Tensor, " n_ends"],
+    learns: Tensor,
     norm_error: bool,
+    keeps_parts: bool,
     keeps_left: bool,
     keeps_d_f: bool,
 ) -> Reconstructed:
-    """`target` [B d_out] and `weight` [1] of each row's error; or for each member its own, [M B d_out] and [M]."""
+    """`target` [B d_out] and `weight` [1] of each row's error; or for each member its own, [M B d_out] and [M].
+
+    `learns` [M B n_ends d_out] is written: what the atoms of each prefix learn from.
+    """
     n_members, n_rows = entries.count.shape
     d_sae, d_out, n_ends, device = atoms.shape[1], atoms.shape[2], len(ends), atoms.device
     assert atoms.stride()[1:] == (d_out, 1)
-    learns = torch.empty(n_members, n_rows, n_ends, d_out, dtype=atoms.dtype, device=device)
-    parts = torch.empty(n_members, n_rows, n_ends, d_out, device=device)
+    parts = torch.empty(n_members, n_rows, n_ends, d_out, device=device) if keeps_parts or n_ends > 1 else None
     squared = torch.empty(n_members, n_rows, n_ends, device=device)
     sizes = torch.empty(n_members, n_rows, device=device)
+    errors = torch.empty(n_members, n_ends, device=device)
+    squared_error, l1 = (torch.empty(n_members, device=device) for _ in range(2))
     slope = torch.empty_like(entries.f)
     left = torch.empty(n_members, n_rows, d_out, device=device) if keeps_left else None
     d_f = torch.empty_like(slope) if keeps_d_f else None
@@ -144,7 +172,11 @@ def reconstruct(
         entries.latent, entries.f, entries.count, entries.first, atoms, bias, target, weight, penalty, ends,
         learns, parts, squared, left, sizes, slope, d_f,
         n_rows, d_sae, d_out, entries.latent.shape[-1], atoms.stride(0), n_ends,
-        NORM=norm_error, OWN=len(weight) > 1, BLOCK=block, AT_ONCE=AT_ONCE,
-        num_warps=8 if block > 2048 else 4,
+        NORM=norm_error, OWN=len(weight) > 1, MANY=n_ends > 1, BLOCK=block, AT_ONCE=AT_ONCE,
+        num_warps=max(1, min(8, block // 512)),
     )  # fmt: skip
-    return Reconstructed(learns, parts, squared, left, sizes, slope, d_f)
+    _add_up[(n_ends, n_members)](
+        squared, sizes, errors, squared_error, l1, n_rows, n_ends,
+        NORM=norm_error, BLOCK=min(4096, triton.next_power_of_2(n_rows)), num_warps=8,
+    )  # fmt: skip
+    return Reconstructed(parts, errors, squared_error, l1, left, slope, d_f)

@@ -2,7 +2,7 @@
 
     d W_dec_i = sum of f times what x_hat learns there        d W_enc_i = sum of slope times the input there
 
-Each program owns a few latents and reads their entries in order, so no two programs add to the same number. Latents
+Each program owns a latent (or a few) and reads its entries in order, so no two programs add to the same number. Latents
 with very many entries would hold theirs up: whole segments of them are summed by programs of their own before.
 """
 
@@ -19,15 +19,21 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_coding.kernels.triton.adam import Learning, RowAdam, adam
+from sparse_coding.kernels.triton.adam import Learning, RowAdam, learn_row, read_row
 from sparse_coding.kernels.triton.index import ByLatent
 
-SEGMENT = 128
+SEGMENT = 64
 """Entries of a segment, at least."""
 SEGMENTS = 16_384
 """Segments, about at most."""
-TILE = 4_096
-"""Numbers that a program sums at once."""
+PROGRAMS = 2_048
+"""That sum segments, at most."""
+LATENTS, ENTRIES = 2, 256
+"""Of a program that sums what is one number each."""
+AT_ONCE = 4
+"""Rows in flight, of a latent; most have few."""
+OF_SEGMENT = 16
+"""Rows in flight, of a segment: there are few segments, so that each must not take long."""
 
 
 @triton.jit
@@ -67,8 +73,7 @@ def _totals(starts, totals, source, f, slope, row, d_f, pre, threshold, window, 
 def _segments(segment_latent, first_segment, n_segments, starts, index, factor, table, sums, width,
               SEGMENT: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """sums[s] = the sum over segment s of factor times a row of the table."""
-    segment = tl.program_id(0)
-    if segment < tl.load(n_segments):
+    for segment in range(tl.program_id(0), tl.load(n_segments), tl.num_programs(0)):
         latent = tl.load(segment_latent + segment)
         begin = tl.load(starts + latent) + (segment - tl.load(first_segment + latent)) * SEGMENT
         dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -78,84 +83,47 @@ def _segments(segment_latent, first_segment, n_segments, starts, index, factor, 
             rows = tl.load(index + at).to(tl.int64)
             tile = tl.load(table + rows[:, None] * width + dims[None, :], mask=dims[None, :] < width, other=0.0)
             total += tl.sum(tl.load(factor + at)[:, None] * tile.to(tl.float32), axis=0)
-        tl.store(sums + segment.to(tl.int64) * width + dims, total, mask=dims < width)
+        at = (dims.to(tl.int64) * 0 + segment) * width + dims
+        tl.store(sums + at, total, mask=dims < width)
 
 
 @triton.jit
-def gathered(begin, count, first, index, factor, table, sums, dims, width, SEGMENT: tl.constexpr):
-    """The sum over each latent's entries of factor times a row of the table: [latents dims]."""
-    inside, segments = dims[None, :] < width, count // SEGMENT
-    left, begin = count - segments * SEGMENT, begin + segments * SEGMENT
-    total = tl.zeros((count.shape[0], dims.shape[0]), dtype=tl.float32)
-    for s in range(tl.max(segments, axis=0)):
-        mine = (s < segments)[:, None] & inside
-        total += tl.load(sums + (first + s).to(tl.int64)[:, None] * width + dims[None, :], mask=mine, other=0.0)
-    for t in range(tl.max(left, axis=0)):
-        mine = t < left
-        rows = tl.load(index + begin + t, mask=mine, other=0).to(tl.int64)
-        tile = tl.load(table + rows[:, None] * width + dims[None, :], mask=mine[:, None] & inside, other=0.0)
-        total += tl.load(factor + begin + t, mask=mine, other=0.0)[:, None] * tile.to(tl.float32)
+def gathered(begin, count, first, index, factor, table, sums, dims, width, SEGMENT: tl.constexpr,
+             AT_ONCE: tl.constexpr):  # fmt: skip
+    """The sum over a latent's entries of factor times a row of the table."""
+    few, inside, segments = tl.arange(0, AT_ONCE), dims < width, count // SEGMENT
+    total = tl.zeros((dims.shape[0],), dtype=tl.float32)
+    for s in range(segments):
+        total += tl.load(sums + (first + s).to(tl.int64) * width + dims, mask=inside, other=0.0)
+    for t in range(segments * SEGMENT, count, AT_ONCE):
+        mine = t + few < count
+        rows = tl.load(index + begin + t + few, mask=mine, other=0).to(tl.int64)
+        factors = tl.load(factor + begin + t + few, mask=mine, other=0.0)
+        tile = tl.load(table + rows[:, None] * width + dims[None, :], mask=mine[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(factors[:, None] * tile.to(tl.float32), axis=0)
     return total
 
 
 @triton.jit
-def _atoms(starts, totals, first_segment, source, f, learns, sums, row, slope, inputs, sums_in, out,
-           weights, moments1, moments2, half, rates, roots, beta1, beta2, eps, d_sae, d_out, TIED: tl.constexpr,
-           PROJECTS: tl.constexpr, UNIT: tl.constexpr, SEGMENT: tl.constexpr, LATENTS: tl.constexpr,
-           BLOCK: tl.constexpr):  # fmt: skip
-    member, dims = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
-    latents = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
-    ok, place = latents < d_sae, member * d_sae + latents
-    begin, count = tl.load(starts + place, mask=ok, other=0), tl.load(totals + place, mask=ok, other=0)
-    first = tl.load(first_segment + place, mask=ok, other=0)
-    gradient = gathered(begin, count, first, source, f, learns, sums, dims, d_out, SEGMENT)
+def _learn(starts, totals, first_segment, index, factor, table, sums, index2, factor2, table2, sums2, out,
+           weights, moments1, moments2, half, rates, roots, beta1, beta2, eps,
+           d_sae, width, stride_member, stride_latent, stride_dim, TIED: tl.constexpr, PROJECTS: tl.constexpr,
+           UNIT: tl.constexpr, SEGMENT: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The gradient of a latent's row of a matrix, and what it makes of the row."""
+    latent, member, dims = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    place, ok = member * d_sae + latent, dims < width
+    at = member * stride_member + latent.to(tl.int64) * stride_latent + dims * stride_dim
+    if weights is not None:  # asked for before the entries, which take longer to come
+        value, moment1, moment2 = read_row(weights, moments1, moments2, at, ok)
+    begin, count, first = tl.load(starts + place), tl.load(totals + place), tl.load(first_segment + place)
+    gradient = gathered(begin, count, first, index, factor, table, sums, dims, width, SEGMENT, AT_ONCE)
     if TIED:
-        gradient += gathered(begin, count, first, row, slope, inputs, sums_in, dims, d_out, SEGMENT)
-    at, ok = place[:, None] * d_out + dims[None, :], ok[:, None] & (dims[None, :] < d_out)
+        gradient += gathered(begin, count, first, index2, factor2, table2, sums2, dims, width, SEGMENT, AT_ONCE)
     if weights is None:
         tl.store(out + at, gradient, mask=ok)
     else:
-        atoms = tl.load(weights + at, mask=ok, other=0.0)
-        if PROJECTS:
-            gradient -= atoms * tl.sum(atoms * gradient, axis=1)[:, None]
-        moment1, moment2 = tl.load(moments1 + at, mask=ok, other=0.0), tl.load(moments2 + at, mask=ok, other=0.0)
-        rate, root = tl.load(rates + member), tl.load(roots + member)
-        atoms, moment1, moment2 = adam(atoms, gradient, moment1, moment2, rate, root, beta1, beta2, eps)
-        if UNIT:
-            norms = tl.sqrt(tl.sum(tl.where(ok, atoms * atoms, 0.0), axis=1))
-            atoms = atoms / tl.maximum(norms, 1.1754944e-38)[:, None]
-        tl.store(weights + at, atoms, mask=ok)
-        tl.store(moments1 + at, moment1, mask=ok)
-        tl.store(moments2 + at, moment2, mask=ok)
-        if half is not None:
-            tl.store(half + at, atoms, mask=ok)
-
-
-@triton.jit
-def _columns(starts, totals, first_segment, row, slope, inputs, sums, out,
-             weights, moments1, moments2, half, rates, roots, beta1, beta2, eps,
-             d_sae, d_in, stride_member, stride_in, stride_latent, SEGMENT: tl.constexpr,
-             LATENTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    member, dims = tl.program_id(2).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    latents = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
-    ok, place = latents < d_sae, member * d_sae + latents
-    begin, count = tl.load(starts + place, mask=ok, other=0), tl.load(totals + place, mask=ok, other=0)
-    first = tl.load(first_segment + place, mask=ok, other=0)
-    gradient = gathered(begin, count, first, row, slope, inputs, sums, dims, d_in, SEGMENT)
-    at = member * stride_member + dims.to(tl.int64)[None, :] * stride_in + latents[:, None] * stride_latent
-    ok = ok[:, None] & (dims[None, :] < d_in)
-    if weights is None:
-        tl.store(out + at, gradient, mask=ok)
-    else:
-        moment1, moment2 = tl.load(moments1 + at, mask=ok, other=0.0), tl.load(moments2 + at, mask=ok, other=0.0)
-        rate, root = tl.load(rates + member), tl.load(roots + member)
-        columns = tl.load(weights + at, mask=ok, other=0.0)
-        columns, moment1, moment2 = adam(columns, gradient, moment1, moment2, rate, root, beta1, beta2, eps)
-        tl.store(weights + at, columns, mask=ok)
-        tl.store(moments1 + at, moment1, mask=ok)
-        tl.store(moments2 + at, moment2, mask=ok)
-        if half is not None:
-            tl.store(half + at, columns, mask=ok)
+        learn_row(value, moment1, moment2, gradient, at, ok, member, weights, moments1, moments2, half, rates, roots,
+                  beta1, beta2, eps, PROJECTS, UNIT)  # fmt: skip
 
 
 class Window(NamedTuple):
@@ -192,10 +160,10 @@ def latent_totals(entries: ByLatent, n_sources: int, window: Window | None) -> T
     slope, active = (torch.empty(shape, device=device) for _ in range(2))
     inside, n_inside = (None if window is None else torch.empty(shape, device=device) for _ in range(2))
     pre, threshold, width = (None, None, None) if window is None else window
-    _totals[(triton.cdiv(shape[1], 16), shape[0])](
+    _totals[(triton.cdiv(shape[1], LATENTS), shape[0])](
         entries.starts, entries.totals, entries.source, entries.f, entries.slope, entries.row, entries.extra,
         pre, threshold, width, slope, active, inside, n_inside, owner, first, shape[1], n_sources,
-        SEGMENT=size, LATENTS=16, ENTRIES=32,
+        SEGMENT=size, LATENTS=LATENTS, ENTRIES=ENTRIES,
     )  # fmt: skip
     return Totals(slope, active, inside, n_inside, size, first, owner, ends[-1:])
 
@@ -207,9 +175,9 @@ def segment_sums(
     width = table.shape[1]
     sums = torch.empty(len(totals.segment_latent), width, device=table.device)
     block = min(triton.next_power_of_2(width), 1024)
-    _segments[(len(sums), triton.cdiv(width, block))](
+    _segments[(min(len(sums), PROGRAMS), triton.cdiv(width, block))](
         totals.segment_latent, totals.first_segment, totals.n_segments, entries.starts, index, factor, table, sums,
-        width, SEGMENT=totals.segment, AT_ONCE=8, BLOCK=block,
+        width, SEGMENT=totals.segment, AT_ONCE=OF_SEGMENT, BLOCK=block, num_warps=2 * warps(block),
     )  # fmt: skip
     return sums
 
@@ -229,33 +197,30 @@ def learn_rows(
 
     unit: atoms are brought back to norm 1. projects: the part of an atom's gradient along the atom is left out.
     """
-    n_members, d_sae, d_out = W_dec.shape
-    sums = segment_sums(entries, totals, entries.source, entries.f, learns)
-    sums_in = segment_sums(entries, totals, entries.row, entries.slope, inputs)
-    found = {} if learning else {"W_dec": torch.empty_like(W_dec)}
+    n_members, d_sae, _ = W_dec.shape
+    by_atom = entries.source, entries.f, learns, segment_sums(entries, totals, entries.source, entries.f, learns)
+    by_input = entries.row, entries.slope, inputs, segment_sums(entries, totals, entries.row, entries.slope, inputs)
     if learning:
         learning.begin()
-    block, latents = atom_tile(d_out)
-    _atoms[(triton.cdiv(d_sae, latents), n_members)](
-        entries.starts, entries.totals, totals.first_segment, entries.source, entries.f, learns, sums,
-        entries.row, entries.slope, inputs, sums_in, found.get("W_dec"),
-        *(learning.of("W_dec", learns.dtype) if learning else Learning()), d_sae, d_out,
-        TIED=W_enc is None, PROJECTS=projects, UNIT=unit, SEGMENT=totals.segment, LATENTS=latents, BLOCK=block,
-    )  # fmt: skip
-    if W_enc is not None:
+    found = {}
+    for name, matrix, own in (("W_dec", W_dec, by_atom), ("W_enc", None if W_enc is None else W_enc.mT, by_input)):
+        if matrix is None:
+            continue
+        update = learning.of(name, learns.dtype) if learning else Learning()
         if not learning:
-            found["W_enc"] = torch.empty_like(W_enc)
-        d_in = W_enc.shape[1]
-        block = min(64, triton.next_power_of_2(d_in))
-        _columns[(triton.cdiv(d_sae, 32), triton.cdiv(d_in, block), n_members)](
-            entries.starts, entries.totals, totals.first_segment, entries.row, entries.slope, inputs, sums_in,
-            found.get("W_enc"), *(learning.of("W_enc", learns.dtype) if learning else Learning()),
-            d_sae, d_in, *W_enc.stride(), SEGMENT=totals.segment, LATENTS=32, BLOCK=block,
+            found[name] = torch.empty_like(matrix)
+        width, decodes = matrix.shape[2], name == "W_dec"
+        block = triton.next_power_of_2(width)
+        _learn[(d_sae, n_members)](
+            entries.starts, entries.totals, totals.first_segment, *own, *by_input, found.get(name), *update,
+            d_sae, width, *matrix.stride(), TIED=decodes and W_enc is None, PROJECTS=decodes and projects,
+            UNIT=decodes and unit, SEGMENT=totals.segment, AT_ONCE=AT_ONCE, BLOCK=block, num_warps=warps(block),
         )  # fmt: skip
+    if "W_enc" in found:
+        found["W_enc"] = found["W_enc"].mT
     return found
 
 
-def atom_tile(d_out: int) -> tuple[int, int]:
-    """(dims, latents) of a program that owns whole atoms."""
-    block = triton.next_power_of_2(d_out)
-    return block, max(1, min(16, TILE // block))
+def warps(width: int) -> int:
+    """Of a program that holds rows of this width."""
+    return max(1, min(8, width // 512))

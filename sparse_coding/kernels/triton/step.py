@@ -9,11 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparse_coding.kernels.triton import columns
 from sparse_coding.kernels.triton.choose import Entries, largest_of_rows
 from sparse_coding.kernels.triton.encode import Encoded, encode
 from sparse_coding.kernels.triton.index import List, by_latent
 from sparse_coding.kernels.triton.listed import all_above, largest_of_batch
 from sparse_coding.kernels.triton.reconstruct import Reconstructed, reconstruct
+from sparse_coding.kernels.triton.revive import largest_of_dead
 from sparse_coding.kernels.triton.rows import Window, latent_totals, learn_rows
 
 if TYPE_CHECKING:
@@ -41,51 +43,56 @@ def step(problem: SparseProblem, dtype: torch.dtype) -> SparseResult | None:
     device, n_ends = problem.x.device, len(problem.prefixes)
     inputs, (atoms, encoder) = centred(problem, dtype), in_dtype(problem, dtype)
     encoded = encode(
-        inputs, encoder, problem.b_enc, problem.norms, problem.signed, problem.dead,
+        inputs, encoder, problem.b_enc, problem.norms, problem.signed, kept_in(problem, dtype),
         problem.rule == "above", problem.threshold, problem.window,
     )  # fmt: skip
     entries, smallest = chosen(problem, encoded)
 
     ends, weight = on_device(problem.prefixes, device), problem.error_weight
     weight = weight.view(1) if isinstance(weight, Tensor) else torch.full((1,), weight, device=device)
+    n_sources, n_revived = n_members * n_rows * n_ends, 0 if problem.dead is None else n_members * n_rows
+    learns, auxk = torch.empty(n_sources + n_revived, d_out, dtype=dtype, device=device), None
     found = reconstruct(
-        entries, atoms, problem.b_dec, problem.target, weight, problem.penalty, ends, problem.norm_error,
-        keeps_left=problem.dead is not None, keeps_d_f=problem.window is not None,
+        entries, atoms, problem.b_dec, problem.target, weight, problem.penalty, ends, learns[:n_sources],
+        problem.norm_error, keeps_parts=problem.b_dec is not None, keeps_left=problem.dead is not None,
+        keeps_d_f=problem.window is not None,
     )  # fmt: skip
     lists = [List(entries.latent, entries.f, found.slope, n_ends, 0, found.d_f, entries.rows, entries.total)]
-    learns, auxk = found.learns.view(-1, d_out), torch.zeros(n_members, device=device)
     if problem.dead is not None:
-        revived, fit, auxk = revival(problem, encoded, atoms, found.left)
-        lists.append(List(revived.latent, revived.f, fit.slope, 1, len(learns)))
-        learns = torch.cat([learns, fit.learns.view(-1, d_out)])
+        revived, fit = revival(problem, encoded, atoms, found.left, learns[n_sources:])
+        lists.append(List(revived.latent, revived.f, fit.slope, 1, n_sources, None, revived.rows, revived.total))
+        auxk = fit.squared_error * problem.dead.any(1)
     ordered = by_latent(lists, ends, n_rows, d_sae)
     window = None
     if problem.window is not None and problem.threshold is not None:
         window = Window(encoded.pre, problem.threshold, problem.window)
-    totals = latent_totals(ordered, n_members * n_rows * n_ends, window)
+    totals = latent_totals(ordered, n_sources, window)
     gradients = {"b_enc": totals.slope}
-    if problem.b_dec is not None:
-        gradients["b_dec"] = found.parts.sum((1, 2))
+    if found.parts is not None and problem.b_dec is not None:
+        gradients["b_dec"] = columns.sum_of_rows(found.parts.view(n_members, n_rows * n_ends, d_out))
         if problem.subtracts:
-            columns = problem.W_dec if problem.W_enc is None else problem.W_enc.mT
-            gradients["b_dec"] -= torch.bmm(totals.slope.unsqueeze(1), columns).squeeze(1)
+            gradients["b_dec"] -= torch.bmm(totals.slope.unsqueeze(1).to(dtype), encoder.mT).squeeze(1)
     gradients |= learn_rows(  # last: it may change what is read above
         ordered, totals, learns, inputs.reshape(-1, d_in), problem.W_dec, problem.W_enc,
         problem.learning, problem.unit, problem.projects,
     )  # fmt: skip
-    squared = found.squared.double()
-    sizes = squared.sqrt() if problem.norm_error else squared
     return SparseResult(
         gradients,
-        sizes.sum(1).float(),
-        squared[:, :, -1].sum(1).float(),
+        found.errors,
+        found.squared_error,
         auxk,
-        found.l1.sum(1),
+        found.l1,
         totals.active,
         smallest,
         totals.inside,
         totals.n_inside,
     )
+
+
+def kept_in(problem: SparseProblem, dtype: torch.dtype) -> torch.dtype:
+    """Rows that choose for themselves do with what autocast would give them. A batch would have many entries equal to
+    its last in bf16, all of which it keeps, and the window around a threshold is narrower than bf16 tells apart."""
+    return dtype if problem.rule == "topk" else torch.float32
 
 
 def chosen(problem: SparseProblem, encoded: Encoded) -> tuple[Entries, Float[Tensor, " M"] | None]:
@@ -95,15 +102,14 @@ def chosen(problem: SparseProblem, encoded: Encoded) -> tuple[Entries, Float[Ten
     assert problem.k is not None
     if problem.rule == "batch":
         return largest_of_batch(encoded, problem.k, problem.most, problem.norms)
-    return largest_of_rows(encoded.pre, encoded.best, problem.k, problem.most, problem.norms, problem.signed), None
+    return largest_of_rows(encoded, problem.k, problem.most, problem.norms, problem.signed), None
 
 
 def centred(problem: SparseProblem, dtype: torch.dtype) -> Tensor:
     """What the encoders multiply, [M B d_in]."""
-    n_members = len(problem.W_dec)
     if problem.subtracts and problem.b_dec is not None:
-        return (problem.x - problem.b_dec.unsqueeze(1)).to(dtype)
-    return problem.x.to(dtype).expand(n_members, -1, -1)
+        return columns.centred(problem.x, problem.b_dec, dtype)
+    return problem.x.to(dtype).expand(len(problem.W_dec), -1, -1)
 
 
 def in_dtype(problem: SparseProblem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -116,22 +122,18 @@ def in_dtype(problem: SparseProblem, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def revival(
-    problem: SparseProblem, encoded: Encoded, atoms: Tensor, left: Tensor | None
-) -> tuple[Entries, Reconstructed, Float[Tensor, " M"]]:
-    """AuxK: its entries, what they learn, and its squared distance summed over rows."""
-    dead, k_aux, weight = problem.dead, problem.k_aux, problem.aux_weight
-    assert dead is not None
-    assert encoded.best_dead is not None
-    assert weight is not None
+    problem: SparseProblem, encoded: Encoded, atoms: Tensor, left: Tensor | None, learns: Tensor
+) -> tuple[Entries, Reconstructed]:
+    """AuxK: its entries, and how they fit what is left."""
+    assert problem.dead is not None
+    assert problem.aux_weight is not None
     assert left is not None
-    n_members, device = len(atoms), atoms.device
-    k = torch.full((n_members,), k_aux, device=device)
-    entries = largest_of_rows(encoded.pre, encoded.best_dead, k, k_aux, problem.norms, problem.signed, dead)
+    entries = largest_of_dead(encoded.pre, problem.dead, problem.k_aux, problem.norms, problem.signed)
     fit = reconstruct(
-        entries, atoms, None, left, weight, None, on_device((atoms.shape[1],), device), False,
-        keeps_left=False, keeps_d_f=False,
+        entries, atoms, None, left, problem.aux_weight, None, on_device((atoms.shape[1],), atoms.device), learns,
+        norm_error=False, keeps_parts=False, keeps_left=False, keeps_d_f=False,
     )  # fmt: skip
-    return entries, fit, fit.squared.sum((1, 2)) * dead.any(1)
+    return entries, fit
 
 
 @cache

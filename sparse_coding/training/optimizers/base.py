@@ -47,7 +47,8 @@ class StackedOptimizer(abc.ABC):
         settings: OptimizerSettings,
         matrices: Collection[str] = (),
     ):
-        assert all(value.is_contiguous() and len(value) == len(lrs) for value in parameters.values())
+        assert all(value.is_contiguous() or value.mT.is_contiguous() for value in parameters.values())
+        assert all(len(value) == len(lrs) for value in parameters.values())
         self.parameters, self.lrs, self.settings = dict(parameters), list(lrs), settings
         self.moments = {
             part: {name: torch.zeros_like(value) for name, value in parameters.items()} for part in self.moment_names
@@ -66,13 +67,13 @@ class StackedOptimizer(abc.ABC):
         `scale` may lie on the device (0-d, float32), where `on_device`: a CUDA graph then reads what it holds by then.
         """
         # Not a nicety: torch's fused Adam reads a gradient of another layout in the wrong order and says nothing.
-        own = {name: gradients[name].contiguous() for name in self.parameters}
+        own = {name: in_layout_of(value, gradients[name]) for name, value in self.parameters.items()}
         if self.settings.clip_norm is not None:
             own = clipped(own, self.settings.clip_norm)
         self.apply(own, scale)
 
     def apply(self, gradients: dict[str, Tensor], scale: float | Tensor) -> None:
-        """The update itself, from contiguous gradients."""
+        """The update itself, from gradients in the layouts of the parameters."""
         for group in self.groups:
             self.update(group, views(gradients, group.members), group.lr * scale)
 
@@ -119,6 +120,12 @@ def descend(parameters: list[Tensor], directions: list[Tensor] | tuple[Tensor, .
 def views(tensors: Mapping[str, Tensor], members: Sequence[int]) -> list[Tensor]:
     """Each parameter of each member as a tensor of its own, parameter by parameter."""
     return [value[index] for value in tensors.values() for index in members]
+
+
+def in_layout_of(value: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with its numbers in memory as those of `value`, a copy where they are not."""
+    same = value.stride() == gradient.stride() or (value.is_contiguous() and gradient.is_contiguous())
+    return gradient if same else torch.empty_like(value).copy_(gradient)
 
 
 def clipped(gradients: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tensor]:

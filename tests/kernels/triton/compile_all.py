@@ -18,6 +18,9 @@ from triton.runtime.jit import JITFunction
 
 from sparse_coding.dictionaries.base import Moment
 from sparse_coding.kernels import triton
+from sparse_coding.kernels.picked import picked
+from sparse_coding.kernels.spread import spread
+from sparse_coding.kernels.triton import encode
 from sparse_coding.training.dead import DeadSettings
 from sparse_coding.training.optimizer import OptimizerSettings
 from sparse_coding.training.stack import Stack
@@ -28,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "topk": {"varied": {"k": [32, 48]}},
     "matryoshka": {"varied": {"k": [32]}, "dead_latents": "none"},
     "jumprelu": {"varied": {"l0_coefficient": [1.0]}},
+    "relu-april": {"varied": {"l1_coefficient": [1.0]}},
     "gated": {"varied": {"l1_coefficient": [1.0]}},
 }
 
@@ -61,6 +65,13 @@ def main() -> None:
         stack.dictionary.density = 0.0
         for step in range(2):
             stack.step({SITE: torch.randn(ROWS, D_IN)}, 1.0, Moment(step, 2))
+    encode.in_tiles = lambda *_: True
+    for kept in (torch.bfloat16, torch.float32):
+        weights = triton.latents_together(torch.randn(1, D_IN, D_IN * RATIO).bfloat16())
+        inputs, bias = torch.randn(1, ROWS, D_IN).bfloat16(), torch.zeros(1, D_IN * RATIO)
+        encode.encode(inputs, weights, bias, None, False, kept)
+    spread(torch.randn(ROWS, D_IN))
+    picked(torch.randn(ROWS, D_IN).bfloat16(), torch.arange(ROWS), torch.float32)
     print(*sorted(names))
 
 

@@ -8,17 +8,17 @@ import torch
 pytest.importorskip("triton")
 
 from sparse_coding.kernels.triton import choose
-from sparse_coding.kernels.triton.encode import GROUP, encode
+from sparse_coding.kernels.triton.encode import GROUP, NOT_A_NUMBER, Encoded, encode
 
 
 def chosen(scores: torch.Tensor, k: list[int], slots: int, **more) -> choose.Entries:
     """Of pre-activations [M B d_sae] that are given as they are: rows are one-hot, weights hold the values."""
     n_members, n_rows, d_sae = scores.shape
     inputs = torch.eye(n_rows, device=scores.device).expand(n_members, -1, -1)
-    encoded = encode(inputs, scores, scores.new_zeros(n_members, d_sae), None, more.get("signed", False), None)
+    encoded = encode(inputs, scores, scores.new_zeros(n_members, d_sae), None, more.get("signed", False))
     assert torch.equal(encoded.pre, scores)
     return choose.largest_of_rows(
-        encoded.pre, encoded.best, torch.tensor(k, device=scores.device), slots, None, more.get("signed", False)
+        encoded, torch.tensor(k, device=scores.device), slots, None, more.get("signed", False)
     )
 
 
@@ -47,20 +47,33 @@ def test_the_first_of_the_largest_are_kept_in_order(d_sae, levels, whole, device
             assert entries.f[member, row].tolist() == scores[member, row, expected].tolist() + [0.0] * (3 - n)
 
 
-def test_what_is_no_number_or_infinite_comes_first(device):
-    scores = torch.ones(1, 2, 2 * GROUP, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_no_number_or_infinite_comes_first(dtype, whole, device, monkeypatch):
+    monkeypatch.setattr(choose, "WHOLE", 1024 if whole else 0)
+    scores = torch.ones(1, 3, 5 * GROUP, device=device, dtype=dtype)
     scores[0, 0, 40], scores[0, 0, 50], scores[0, 0, 60] = torch.nan, torch.inf, -torch.nan
+    scores[0, 2] = torch.nan  # no more of these than k
     entries = chosen_raw(scores, 3)
     assert entries.latent[0, 0].tolist() == [40, 50, 60]
-    assert entries.latent[0, 1].tolist() == [0, 1, 2]
+    assert entries.latent[0, 1].tolist() == entries.latent[0, 2].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_scores_in_bf16_of_which_many_are_equal(whole, device, generator, monkeypatch):
+    monkeypatch.setattr(choose, "WHOLE", 1024 if whole else 0)
+    scores = torch.randn(1, 4, 8 * GROUP, generator=generator).bfloat16()
+    entries = chosen_raw(scores.to(device), 5)
+    for row in range(4):
+        assert entries.latent[0, row].tolist() == first_largest(scores[0, row], 5)
+        assert entries.f[0, row].tolist() == scores[0, row, entries.latent[0, row].long().cpu()].tolist()
 
 
 def chosen_raw(pre: torch.Tensor, k: int, signed: bool = False) -> choose.Entries:
     """Without a product, in which a NaN would spread."""
-    keys = torch.where(pre.isnan(), 0x7FFFFFFF, pre.view(torch.int32).clamp(min=0)).unflatten(-1, (-1, GROUP))
-    return choose.largest_of_rows(
-        pre, keys.amax(-1).int(), torch.full(pre.shape[:1], k, device=pre.device), k, None, signed
-    )
+    keys = torch.where(pre.isnan(), NOT_A_NUMBER.value, pre.float().view(torch.int32).clamp(min=0))
+    encoded = Encoded(pre, keys.unflatten(-1, (-1, GROUP)).amax(-1).int())
+    return choose.largest_of_rows(encoded, torch.full(pre.shape[:1], k, device=pre.device), k, None, signed)
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from sparse_coding.kernels.triton import adam, choose, dense, encode, index, listed, reconstruct, rows
+from sparse_coding.kernels import triton
 
-MODULES = (adam, choose, dense, encode, index, listed, reconstruct, rows)
+MODULES = [import_module(f"{triton.__name__}.{one.name}") for one in pkgutil.iter_modules(triton.__path__)]
 
 
 def test_every_kernel_compiles_for_a_card(tmp_path):

@@ -11,15 +11,17 @@ from sparse_coding.kernels.triton import index
 
 
 @pytest.mark.parametrize("d_sae", [1, 7, 300])
-@pytest.mark.parametrize("blocks", [2, 128])
-def test_entries_come_latent_by_latent_and_row_by_row(d_sae, blocks, device, generator, monkeypatch):
-    """Several chunks in a block, several blocks, places without an entry; a second list, of other gradients."""
-    monkeypatch.setattr(index, "BLOCKS", blocks)
-    monkeypatch.setattr(index, "CHUNK", 64)
-    n_members, n_rows = 2, 50
+@pytest.mark.parametrize("programs", [2, 128])
+def test_entries_come_latent_by_latent_and_row_by_row(d_sae, programs, device, generator, monkeypatch):
+    """Several chunks of a program, several words, places without an entry; a second list, of other gradients."""
+    monkeypatch.setattr(index, "PROGRAMS", programs)
+    monkeypatch.setattr(index, "CHUNK", 32)
+    n_members, n_rows = 2, 70
     lists = []
-    for slots, first_source in ((5, 0), (2, 300)):
-        latent = torch.randint(-1, d_sae, (n_members, n_rows, slots), generator=generator).int()
+    for slots, first_source in ((5, 0), (2, 420)):
+        slots = min(slots, d_sae)
+        latent = torch.rand(n_members, n_rows, d_sae, generator=generator).topk(slots).indices.int()
+        latent[torch.rand(latent.shape, generator=generator) < 0.2] = -1
         f, slope = (torch.randn(latent.shape, generator=generator).to(device) for _ in range(2))
         lists.append(index.List(latent.to(device), f, slope, 3 if first_source == 0 else 1, first_source))
     ends = torch.tensor([d_sae // 3, d_sae // 2, d_sae], dtype=torch.int32, device=device)

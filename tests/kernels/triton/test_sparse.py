@@ -78,19 +78,24 @@ def test_odd_shapes_equal_autograd_of_the_loss(name, rows, d_in, d_sae, n_member
 
 @pytest.mark.parametrize(("name", "tied"), [*((name, False) for name in SPARSE), ("topk", True)])
 def test_bf16_is_no_farther_from_fp32_than_the_definitions_own_bf16(name, tied, device, generator):
-    """What is off is mostly which latents are chosen, among those that are nearly equal."""
-    stack, x = put(
-        stack_of(name, 24, 128, 1, tied=tied, **SETTINGS[name]), device, torch.randn(64, 24, generator=generator)
-    )
+    """What is off is mostly which latents are chosen, among those that are nearly equal: a matter of luck in each."""
+    stack = put(stack_of(name, 24, 128, 1, tied=tied, **SETTINGS[name]), device)[0]
     moment = Moment(dead=torch.arange(128, device=device).remainder(3).eq(0).expand(1, -1))
-    fast = stack.fused_gradients(x, None, moment, torch.bfloat16)
-    assert fast is not None
-    exact, rounded = (gradients_by_autograd(stack, x, None, moment, dtype) for dtype in (torch.float32, torch.bfloat16))
-    for name_, value in exact.gradients.items():
-        ours, theirs = ((one.gradients[name_] - value).norm() / value.norm() for one in (fast, rounded))
+    off = {name_: [0.0, 0.0] for name_ in stack.tensors()}
+    for _ in range(5):
+        x = torch.randn(64, 24, generator=generator).to(device)
+        fast = stack.fused_gradients(x, None, moment, torch.bfloat16)
+        assert fast is not None
+        exact, rounded = (
+            gradients_by_autograd(stack, x, None, moment, dtype) for dtype in (torch.float32, torch.bfloat16)
+        )
+        for name_, value in exact.gradients.items():
+            for i, one in enumerate((fast, rounded)):
+                off[name_][i] += ((one.gradients[name_] - value).norm() / value.norm()).item() / 5
+        assert_close(fast.loss, exact.loss, rtol=1e-2, atol=0)
+    for name_, (ours, theirs) in off.items():
         assert ours < 1.1 * theirs + 0.01, f"{name_} is off by {ours:.2%}, the definition in bf16 by {theirs:.2%}"
         assert ours < 0.2
-    assert_close(fast.loss, exact.loss, rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", SPARSE)

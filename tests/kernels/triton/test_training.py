@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from sparse_coding.dictionaries import architecture
+from sparse_coding.dictionaries import architecture, dense
 from sparse_coding.dictionaries.base import Moment
 from sparse_coding.kernels import triton
 from sparse_coding.kernels.triton import step
@@ -31,10 +31,15 @@ def at_any_density(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stack_of(
-    name: str, device: str, clip: float | None = None, dtype: torch.dtype = torch.float32, **own: Any
+    name: str,
+    device: str,
+    clip: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    varied: dict[str, list[float]] | None = None,
+    **own: Any,
 ) -> Stack:
-    varied, fixed = METHODS.get(name, ({}, {}))
-    members = grid(name, {SITE: D_IN}, [D_SAE / D_IN], varied=varied, **{**fixed, **own})
+    known, fixed = METHODS.get(name, ({}, {})) if varied is None else (varied, {})
+    members = grid(name, {SITE: D_IN}, [D_SAE / D_IN], varied=known, **{**fixed, **own})
     return Stack(members, OptimizerSettings(clip_norm=clip), device, dtype, DeadSettings(window=4 * ROWS))
 
 
@@ -58,6 +63,33 @@ def trained(stack: Stack, steps: int, device: str) -> dict[str, torch.Tensor]:
 )
 def test_updates_end_where_the_definition_ends(name, steps, settings, device, monkeypatch):
     """Without clipping the kernels update the weights themselves; with it they hand gradients to the optimiser."""
+    ends_where_the_definition_ends(name, steps, settings, device, monkeypatch)
+
+
+DENSE = [
+    ("relu", {"decoder_bias": False, "remove_parallel_gradient": False, "varied": {"l1_coefficient": [0.5, 1.0]}}),
+    ("relu-april", {"varied": {"l1_coefficient": [0.5, 1.0]}}),
+    ("relu-april", {"tied": True, "decoder": "unit", "subtract_b_dec": True}),
+    ("relu-april", {"parts": {SITE: (6, 10)}}),
+    ("gated", {"varied": {"l1_coefficient": [0.5, 1.0]}}),
+    ("gated", {"tied": True, "decoder": "free", "frozen_auxiliary": False}),
+    ("gated", {"clip": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), DENSE, ids=str)
+def test_dense_updates_end_where_the_definition_ends(name, settings, device, monkeypatch):
+    """The matrices are left to the kernels, but where gradients are clipped or an atom has a norm for each part."""
+    monkeypatch.setattr(step, "DENSEST_ABOVE", 0.0)
+    given, real = [], dense.dense_step
+    monkeypatch.setattr(dense, "dense_step", lambda *a: given.append(real(*a)) or given[-1])
+    ends_where_the_definition_ends(name, 6, settings, device, monkeypatch)
+    matrices = {"W_dec"} if "tied" in settings else {"W_dec", "W_enc"}
+    handed_out = matrices if "parts" in settings or "clip" in settings else set()
+    assert [{"W_dec", "W_enc"} & one.gradients.keys() for one in given] == [handed_out] * 6
+
+
+def ends_where_the_definition_ends(name, steps, settings, device, monkeypatch):
     fast = stack_of(name, device, **settings)
     assert (fast.learning is None) == ("clip" in settings)
     ours = trained(fast, steps, device)
@@ -72,7 +104,7 @@ def test_updates_end_where_the_definition_ends(name, steps, settings, device, mo
         assert off.max() < 5e-3 * size, key
 
 
-@pytest.mark.parametrize("name", ["topk", "jumprelu"])
+@pytest.mark.parametrize("name", ["topk", "jumprelu", "gated"])
 def test_updates_in_bf16_end_near_those_in_fp32(name, device):
     """Adam moves a weight by at most about .001 a step; rounding may turn the sign of a gradient near 0."""
     stacks = [stack_of(name, device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
@@ -129,10 +161,10 @@ def test_a_gpu_goes_by_the_density_of_the_last_line_of_the_log(device, monkeypat
     assert taken[2] is not None
 
 
-def test_the_copies_that_are_multiplied_are_those_of_the_weights(device):
+@pytest.mark.parametrize("name", ["topk", "gated"])
+def test_the_copies_that_are_multiplied_are_those_of_the_weights(name, device):
     """Kept up by the kernels, made anew where anything else has changed a weight."""
-    stack = stack_of("topk", device, dtype=torch.bfloat16)
-    before = {name: value.clone() for name, value in stack.state().items()}
+    stack = stack_of(name, device, dtype=torch.bfloat16)
     weights, learning = stack.dictionary.tensors(), stack.learning
     assert learning is not None
 
@@ -143,18 +175,19 @@ def test_the_copies_that_are_multiplied_are_those_of_the_weights(device):
         return found
 
     trained(stack, 1, device)
-    first = copies()
+    before, first = {name: value.clone() for name, value in stack.state().items()}, copies()
     trained(stack, 1, device)
     assert all(value is first[name] for name, value in copies().items())
     stack.load_state(before, 0)
     copies()
-    stack.restart_(1, torch.tensor([3], device=device), *(torch.ones(1, D_IN, device=device) for _ in range(2)))
+    stack.restart_(0, torch.tensor([3], device=device), *(torch.ones(1, D_IN, device=device) for _ in range(2)))
     copies()
 
 
-def test_a_batch_in_pieces_is_learnt_from_once(device):
+@pytest.mark.parametrize("name", ["topk", "gated"])
+def test_a_batch_in_pieces_is_learnt_from_once(name, device):
     """Then the kernels give gradients, which are added up, instead of updating the weights at each piece."""
-    whole, pieces = stack_of("topk", device), stack_of("topk", device)
+    whole, pieces = stack_of(name, device), stack_of(name, device)
     pieces.micro.pieces = 2
     ours, theirs = trained(pieces, 2, device), trained(whole, 2, device)
     for name, value in theirs.items():
@@ -163,7 +196,7 @@ def test_a_batch_in_pieces_is_learnt_from_once(device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, "gated"])
 def test_a_step_can_be_captured_as_a_graph(name):
     """Replayed, it does what it does when it is launched."""
     stacks, x = [stack_of(name, "cuda") for _ in range(2)], world(ROWS).to("cuda")
