@@ -34,8 +34,11 @@ def test_what_fails_is_a_line_and_the_rest_goes_on(tmp_path, monkeypatch):
     assert "failed: RuntimeError: no such kernel" in notes
 
 
-def test_sections_share_the_time_that_others_leave():
-    assert gpu.shared_out([0.1, 0.55, 0.85, 1.0]) == pytest.approx([0.1, 0.55, 0.85, 1.0])
+def test_sections_share_the_time_that_others_leave(monkeypatch):
+    shares = [0.1, 0.55, 0.85, 1.0]
+    sections = {name: (part, share) for (name, (part, _)), share in zip(gpu.SECTIONS.items(), shares, strict=True)}
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    assert gpu.shared_out(shares) == pytest.approx(shares)
     assert gpu.shared_out([0.55, 1.0]) == pytest.approx([0.75, 1.0])
 
 
