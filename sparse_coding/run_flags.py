@@ -13,7 +13,7 @@ from sparse_coding.activations.models import bundled_models
 from sparse_coding.activations.text import TextSettings
 from sparse_coding.errors import UserError
 from sparse_coding.sweep_flags import END_TO_END
-from sparse_coding.training.optimizer import OptimizerName, Schedule
+from sparse_coding.training.optimizer import Moments, OptimizerName, Schedule
 from sparse_coding.training.precision import Precision
 
 DEFAULT_MODEL = "python-gpt-large"
@@ -182,6 +182,8 @@ class TrainingFlags:
     """Of adam, adamw and schedule-free: decay of the mean of the gradient. 0 for JumpReLU and gated in their papers."""
     beta2: float = 0.999
     """Of adam, adamw and schedule-free: decay of the mean of its square."""
+    moments: Moments = "fp32"
+    """Of adam and adamw: what their means are kept in. bf16 takes half the memory, and is rounded at random."""
     momentum: float | None = None
     """Of sgd (default 0.9), signum (0.95) and muon (0.95)."""
     weight_decay: float = 0.0

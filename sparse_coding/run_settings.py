@@ -128,8 +128,8 @@ class RunSettings:
     def optimizer_settings(self) -> OptimizerSettings:
         flags = self.training
         return OptimizerSettings(
-            name=flags.optimizer, beta1=flags.beta1, beta2=flags.beta2, momentum=flags.momentum,
-            weight_decay=flags.weight_decay, clip_norm=flags.clip_norm,
+            name=flags.optimizer, beta1=flags.beta1, beta2=flags.beta2, moments=flags.moments,
+            momentum=flags.momentum, weight_decay=flags.weight_decay, clip_norm=flags.clip_norm,
             schedule=flags.schedule, warmup_steps=flags.warmup_steps, decay_fraction=flags.decay_fraction,
             restarts=flags.restarts, resample_warmup_steps=flags.resample_warmup_steps,
         )  # fmt: skip

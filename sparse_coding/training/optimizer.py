@@ -21,6 +21,7 @@ from sparse_coding.training.optimizers import (
 )
 from sparse_coding.training.schedule import Schedule, fall, restarts, warm_up
 
+Moments = Literal["fp32", "bf16"]
 OptimizerName = Literal["adam", "adamw", "sgd", "signum", "muon", "schedule-free"]
 MOMENTUM = {"sgd": 0.9, "signum": 0.95, "muon": 0.95}
 """The optimisers that have a momentum, and what it is where nothing is said."""
@@ -39,6 +40,9 @@ class OptimizerSettings:
     """Of the adams and schedule-free: decay of the mean squared gradient."""
     eps: float = 1e-8
     """Of the adams and schedule-free: added to the root of the mean squared gradient."""
+    moments: Moments = "fp32"
+    """Of adam and adamw: what the means of a matrix's gradient and its square are kept in. bf16 takes half the memory,
+    and is rounded at random (optimizers/rounding.py)."""
     momentum: float | None = None
     """Of sgd (0.9 where nothing is said), signum and muon (0.95); the others have none."""
     weight_decay: float = 0.0
@@ -61,6 +65,7 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         self._one_of("name", get_args(OptimizerName))
         self._one_of("schedule", get_args(Schedule))
+        self._one_of("moments", get_args(Moments))
         for name, allowed, holds in (
             ("beta1", "at least 0 and below 1", lambda value: 0 <= value < 1),
             ("beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
@@ -77,6 +82,8 @@ class OptimizerSettings:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be {allowed}")
         if self.momentum is not None and self.name not in MOMENTUM:
             raise UserError(f"momentum is {self.momentum}, but {self.name} has none: it is for {', '.join(MOMENTUM)}")
+        if self.moments != "fp32" and self.name not in ("adam", "adamw"):
+            raise UserError(f"moments are {self.moments}, but {self.name} keeps its own in fp32: it is for adam, adamw")
         if self.name == "schedule-free" and self.beta1 == 0:
             raise UserError("beta1 is 0: schedule-free needs one above 0, its weights to evaluate with divide by it")
         if self.schedule == "constantwithwarmup" and self.warmup_steps == 0:

@@ -12,7 +12,7 @@ import torch
 
 from sparse_coding.activations.models import bundled_models
 from sparse_coding.dictionaries import architecture
-from sparse_coding.training.optimizer import OptimizerSettings
+from sparse_coding.training.optimizer import Moments, OptimizerSettings
 from sparse_coding.training.stream import TensorStream
 from sparse_coding.training.sweep import Member, grid
 from sparse_coding.training.trainer import Trainer, TrainingSettings
@@ -42,9 +42,9 @@ def rows() -> torch.Tensor:
     return found * (found.shape[1] ** 0.5 / found.norm(dim=1).mean())
 
 
-def ends(members: Sequence[Member], rows: torch.Tensor) -> list[tuple[float, float]]:
+def ends(members: Sequence[Member], rows: torch.Tensor, moments: Moments = "fp32") -> list[tuple[float, float]]:
     """(FVU, L0) of each member after a run at the precision that a run has by itself."""
-    settings = TrainingSettings(STEPS, OptimizerSettings(schedule="linear"), log_every=STEPS)
+    settings = TrainingSettings(STEPS, OptimizerSettings(moments=moments, schedule="linear"), log_every=STEPS)
     trainer, x, found = Trainer(members, TensorStream({"synthetic": rows}, BATCH), settings), rows[: 8 * BATCH], []
     trainer.fit()
     for index in range(len(members)):
@@ -75,3 +75,11 @@ def test_a_run_ends_at_the_fvu_and_l0_of_the_definition(name: str, rows: torch.T
     for (fvu, l0), (fvu_slow, l0_slow) in zip(fast, slow, strict=True):
         assert fvu == pytest.approx(fvu_slow, rel=0.01)
         assert l0 == pytest.approx(l0_slow, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["relu", "topk"])
+def test_moments_in_bf16_end_at_the_fvu_and_l0_of_those_in_fp32(name: str, rows: torch.Tensor):
+    members = grid(name, {"synthetic": rows.shape[1]}, [4], lrs=[2e-3], varied=GRIDS[name])
+    for (fvu, l0), (exact_fvu, exact_l0) in zip(ends(members, rows, "bf16"), ends(members, rows), strict=True):
+        assert fvu == pytest.approx(exact_fvu, rel=0.01)
+        assert l0 == pytest.approx(exact_l0, rel=0.01)

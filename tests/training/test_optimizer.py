@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from sparse_coding.errors import UserError
 from sparse_coding.training.optimizer import OPTIMIZERS, OptimizerSettings, make_optimizer
 from sparse_coding.training.optimizers.muon import orthogonal
+from sparse_coding.training.optimizers.rounding import rounded
 
 LRS = [1e-3, 1e-2, 1e-3]
 SHAPES = {"W": (5, 4), "b": (4,), "V": (4, 9)}
@@ -168,6 +169,47 @@ def test_orthogonal_brings_singular_values_near_1_and_keeps_the_directions(shape
     inner = u.mT @ found @ vh.mT
     assert_close(inner, torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1)), atol=1e-4, rtol=0)
     assert torch.equal(orthogonal(torch.zeros(1, *shape)), torch.zeros(1, *shape))
+
+
+def test_rounding_at_random_is_right_on_average(generator):
+    """To one of the two neighbours in bf16, the nearer the likelier; the same draw for the same update."""
+    value = (torch.randn(64, 50, generator=generator) * torch.logspace(-8, 3, 50)).requires_grad_(False)
+    counts = torch.arange(1.0, 2001.0)
+    draws = torch.stack([rounded(value, count, 1).float() for count in counts])
+    below = (value.view(torch.int32) & -0x10000).view(torch.float32)
+    above = ((value.view(torch.int32) & -0x10000) + 0x10000).view(torch.float32)
+    assert ((draws == below) | (draws == above)).all()
+    share, expected = (draws == above).float().mean(0), ((value - below) / (above - below))
+    assert (share - expected).abs().max() < 0.06  # five standard deviations of 2,000 draws
+    assert abs(float((share - expected).mean())) < 1e-3
+    assert torch.equal(rounded(value, counts[7], 1).float(), draws[7])
+    assert not torch.equal(rounded(value, counts[7], 0).float(), draws[7])
+
+
+def test_moments_in_bf16_follow_those_in_fp32(generator):
+    """Rounded to the nearest, the mean of squares would stay where its first steps put it."""
+    gradients = torch.randn(3000, 1, 8, 16, generator=generator) * torch.linspace(2, 0.5, 3000).view(-1, 1, 1, 1)
+    found = []
+    for moments in ("fp32", "bf16"):
+        weights = {"W_dec": torch.zeros(1, 8, 16), "b_dec": torch.zeros(1, 16)}
+        made = make_optimizer(weights, [1e-3], OptimizerSettings(moments=moments), {"W_dec"})
+        for gradient in gradients:
+            made.step({"W_dec": gradient, "b_dec": gradient[:, 0]}, 1.0)
+        found.append((made.state(), weights))
+    (exact, weights), (ours, theirs) = found
+    assert ours["moment2"]["W_dec"].dtype == torch.bfloat16
+    assert ours["moment2"]["b_dec"].dtype == torch.float32
+    torch.testing.assert_close(ours["moment2"]["W_dec"].float(), exact["moment2"]["W_dec"], rtol=0.15, atol=0)
+    assert float(ours["moment2"]["W_dec"].float().mean() / exact["moment2"]["W_dec"].mean()) == pytest.approx(
+        1, abs=0.01
+    )
+    assert (theirs["W_dec"] - weights["W_dec"]).abs().max() < 0.02 * weights["W_dec"].abs().max()
+
+
+@pytest.mark.parametrize("name", ["sgd", "signum", "muon", "schedule-free"])
+def test_moments_in_bf16_are_adams(name):
+    with pytest.raises(UserError, match="it is for adam, adamw"):
+        OptimizerSettings(name, moments="bf16")
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])

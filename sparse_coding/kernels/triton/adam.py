@@ -30,6 +30,16 @@ def adam(weights, gradient, moment1, moment2, rate, root, beta1, beta2, eps):
 
 
 @triton.jit
+def rounded(value, place, count, WHICH: tl.constexpr):
+    """The value as bf16 has it, rounded at random (see training/optimizers/rounding.py)."""
+    x = place.to(tl.uint32) + 0x3C6EF372 * count.to(tl.uint32) + WHICH
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0x735A2D97
+    noise = ((x ^ (x >> 15)) & 0xFFFF).to(tl.int32)
+    return ((value.to(tl.int32, bitcast=True) + noise) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _correct(lrs, scale, steps, rates, roots, n, log_beta1, log_beta2, BLOCK: tl.constexpr):
     """Rates and roots of a step, corrected for the bias of the first ones."""
     member = tl.arange(0, BLOCK)
@@ -44,13 +54,14 @@ def _correct(lrs, scale, steps, rates, roots, n, log_beta1, log_beta2, BLOCK: tl
 def read_row(weights, moments1, moments2, at, ok):
     """(weights, moments) at the places `at`. To have them leave the cache first made the kernels 13% slower."""
     value, moment1 = tl.load(weights + at, mask=ok, other=0.0), tl.load(moments1 + at, mask=ok, other=0.0)
-    return value, moment1, tl.load(moments2 + at, mask=ok, other=0.0)
+    moment2 = tl.load(moments2 + at, mask=ok, other=0.0)
+    return value, moment1.to(tl.float32), moment2.to(tl.float32)
 
 
 @triton.jit
-def learn_row(value, moment1, moment2, gradient, at, ok, member, weights, moments1, moments2, half, rates, roots,
-              beta1, beta2, eps, PROJECTS: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
-    """What the gradient of a latent's row of a matrix makes of it: written to the places `at`, where `ok`.
+def learn_row(value, moment1, moment2, gradient, at, place, ok, member, weights, moments1, moments2, half, rates,
+              roots, counts, beta1, beta2, eps, PROJECTS: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+    """What the gradient of a latent's row of a matrix makes of it: written to `at`, places of the member, where `ok`.
 
     PROJECTS: the part of the gradient along the row is left out. UNIT: the row is brought back to norm 1.
     """
@@ -62,6 +73,9 @@ def learn_row(value, moment1, moment2, gradient, at, ok, member, weights, moment
         norm = tl.sqrt(tl.sum(tl.where(ok, value * value, 0.0), axis=0))
         value = value / tl.maximum(norm, 1.1754944e-38)
     tl.store(weights + at, value, mask=ok)
+    if moments1.dtype.element_ty == tl.bfloat16:
+        count = tl.load(counts + member)
+        moment1, moment2 = rounded(moment1, place, count, 0), rounded(moment2, place, count, 1)
     tl.store(moments1 + at, moment1, mask=ok)
     tl.store(moments2 + at, moment2, mask=ok)
     if half is not None:
@@ -91,6 +105,8 @@ class Learning(NamedTuple):
     """The copy in the dtype of the products, which is kept up with the parameter."""
     rates: Float[Tensor, " M"] | None = None
     roots: Float[Tensor, " M"] | None = None
+    counts: Float[Tensor, " M"] | None = None
+    """Updates, this one among them."""
     beta1: float = 0.0
     beta2: float = 0.0
     eps: float = 0.0
@@ -144,7 +160,7 @@ class RowAdam:
         """What the kernel that updates the parameter needs, after `begin`."""
         value, (first, second) = self.parameters[name].detach(), (self.moments[f"moment{i}"][name] for i in (1, 2))
         copy = None if dtype == value.dtype else self.half(name, dtype)
-        return Learning(value, first, second, copy, self.rates, self.roots, *self.betas, self.eps)
+        return Learning(value, first, second, copy, self.rates, self.roots, self.steps[name], *self.betas, self.eps)
 
     def rest_(self, gradients: Mapping[str, Tensor]) -> None:
         """Update what the kernels left, from its gradients, in the step that `begin` began."""

@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_coding.kernels.triton.adam import RowAdam, learn_row
+from sparse_coding.kernels.triton.adam import RowAdam, learn_row, read_row
 
 if TYPE_CHECKING:
     from sparse_coding.kernels.dense import DenseProblem
@@ -26,22 +26,21 @@ WARP = 256
 
 
 @triton.jit
-def _learn_dense(gradients, others, penalised, norm_slope, weights, moments1, moments2, half, rates, roots, beta1,
-                 beta2, eps, d_sae, width, stride_member, stride_latent, stride_dim, PROJECTS: tl.constexpr,
+def _learn_dense(gradients, others, penalised, norm_slope, weights, moments1, moments2, half, rates, roots, counts,
+                 beta1, beta2, eps, d_sae, width, stride_member, stride_latent, stride_dim, PROJECTS: tl.constexpr,
                  UNIT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A latent's row of a matrix learns from its gradients, and where `norm_slope` from the penalty of its norm."""
     latent, member, dims = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
     place, ok = member * d_sae + latent, dims < width
     at = member * stride_member + latent.to(tl.int64) * stride_latent + dims * stride_dim
     gradient = tl.load(gradients + place * width + dims, mask=ok, other=0.0).to(tl.float32)
-    value = tl.load(weights + at, mask=ok, other=0.0)
-    moment1, moment2 = tl.load(moments1 + at, mask=ok, other=0.0), tl.load(moments2 + at, mask=ok, other=0.0)
+    value, moment1, moment2 = read_row(weights, moments1, moments2, at, ok)
     if others is not None:
         gradient += tl.load(others + place * width + dims, mask=ok, other=0.0).to(tl.float32)
     if norm_slope is not None:
         gradient += tl.load(norm_slope + place) * tl.load(penalised + place) * value
-    learn_row(value, moment1, moment2, gradient, at, ok, member, weights, moments1, moments2, half, rates, roots,
-              beta1, beta2, eps, PROJECTS, UNIT)  # fmt: skip
+    learn_row(value, moment1, moment2, gradient, at, latent * width + dims, ok, member, weights, moments1, moments2,
+              half, rates, roots, counts, beta1, beta2, eps, PROJECTS, UNIT)  # fmt: skip
 
 
 def learn(

@@ -106,7 +106,7 @@ def gathered(begin, count, first, index, factor, table, sums, dims, width, SEGME
 
 @triton.jit
 def _learn(starts, totals, first_segment, index, factor, table, sums, index2, factor2, table2, sums2, out,
-           weights, moments1, moments2, half, rates, roots, beta1, beta2, eps,
+           weights, moments1, moments2, half, rates, roots, counts, beta1, beta2, eps,
            d_sae, width, stride_member, stride_latent, stride_dim, TIED: tl.constexpr, PROJECTS: tl.constexpr,
            UNIT: tl.constexpr, SEGMENT: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The gradient of a latent's row of a matrix, and what it makes of the row."""
@@ -122,8 +122,8 @@ def _learn(starts, totals, first_segment, index, factor, table, sums, index2, fa
     if weights is None:
         tl.store(out + at, gradient, mask=ok)
     else:
-        learn_row(value, moment1, moment2, gradient, at, ok, member, weights, moments1, moments2, half, rates, roots,
-                  beta1, beta2, eps, PROJECTS, UNIT)  # fmt: skip
+        learn_row(value, moment1, moment2, gradient, at, latent * width + dims, ok, member, weights, moments1, moments2,
+                  half, rates, roots, counts, beta1, beta2, eps, PROJECTS, UNIT)  # fmt: skip
 
 
 class Window(NamedTuple):

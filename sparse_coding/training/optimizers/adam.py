@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 
 from sparse_coding.kernels import adam_native, triton
 from sparse_coding.training.optimizers.base import Group, StackedOptimizer, views
+from sparse_coding.training.optimizers.rounding import rounded
 
 if TYPE_CHECKING:
     from sparse_coding.kernels.triton.adam import RowAdam
@@ -35,7 +36,7 @@ class Adam(StackedOptimizer):
         # One count for each parameter of each member, on the device, as the fused kernels want them.
         self.steps = {name: torch.zeros(len(lrs), device=value.device) for name, value in parameters.items()}
         self.counts = {group.lr: views(self.steps, group.members) for group in self.groups}
-        self.native = settings.weight_decay == 0 and adam_native.fits(parameters)
+        self.native = settings.weight_decay == 0 and settings.moments == "fp32" and adam_native.fits(parameters)
 
     def apply(self, gradients: dict[str, Tensor], scale: float | Tensor) -> None:
         settings = self.settings
@@ -47,11 +48,12 @@ class Adam(StackedOptimizer):
         super().apply(gradients, scale)
 
     def update(self, group: Group, gradients: list[Tensor], lr: float | Tensor) -> None:
+        moments = {part: [kept.float() for kept in own] for part, own in group.moments.items()}
         self.function(
             group.parameters,
             gradients,
-            group.moments["moment1"],
-            group.moments["moment2"],
+            moments["moment1"],
+            moments["moment2"],
             [],
             self.counts[group.lr],
             fused=True,
@@ -63,6 +65,10 @@ class Adam(StackedOptimizer):
             eps=self.settings.eps,
             maximize=False,
         )
+        for which, (part, own) in enumerate(group.moments.items()):
+            for kept, value, count in zip(own, moments[part], self.counts[group.lr], strict=True):
+                if kept.dtype == torch.bfloat16:  # else it is `value` itself
+                    kept.copy_(rounded(value, count, which))
 
     def row_learning(self) -> RowAdam | None:
         settings = self.settings

@@ -50,8 +50,13 @@ class StackedOptimizer(abc.ABC):
         assert all(value.is_contiguous() or value.mT.is_contiguous() for value in parameters.values())
         assert all(len(value) == len(lrs) for value in parameters.values())
         self.parameters, self.lrs, self.settings = dict(parameters), list(lrs), settings
+        half = [name for name in parameters if settings.moments == "bf16" and name in matrices]
         self.moments = {
-            part: {name: torch.zeros_like(value) for name, value in parameters.items()} for part in self.moment_names
+            part: {
+                name: torch.zeros_like(value, dtype=torch.bfloat16 if name in half else None)
+                for name, value in parameters.items()
+            }
+            for part in self.moment_names
         }
         # Views are made once: with hundreds of members that costs more than the update.
         self.groups: list[Group] = []

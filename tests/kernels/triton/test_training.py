@@ -117,6 +117,30 @@ def test_updates_in_bf16_end_near_those_in_fp32(name, device):
         assert off.quantile(0.9) < 1e-4, key
 
 
+@pytest.mark.parametrize("name", ["topk", "relu-april"])
+def test_moments_in_bf16_are_rounded_at_random_here_too(name, device):
+    """Means of gradients near 0 are as far off as one of their own size; what counts is that none is left behind."""
+    members = grid(
+        name, {SITE: D_IN}, [D_SAE / D_IN], varied=METHODS.get(name, ({"l1_coefficient": [1.0, 2.0]}, {}))[0]
+    )
+    stacks = [
+        Stack(members, OptimizerSettings(moments=moments), device, torch.float32, DeadSettings(window=10**9))
+        for moments in ("bf16", "fp32")
+    ]
+    for stack in stacks:
+        trained(stack, 12, device)
+    (ours, exact), learning = (stack.optimizer.state() for stack in stacks), stacks[0].learning
+    assert learning is not None
+    for part in ("moment1", "moment2"):
+        for matrix in ("W_enc", "W_dec"):
+            kept, value = ours[part][matrix], exact[part][matrix]
+            assert kept.dtype == torch.bfloat16
+            assert ((kept.float() - value).norm() / value.norm()) < 0.01
+            assert float(kept.float().sum() / value.sum()) == pytest.approx(1, abs=0.01) or part == "moment1"
+    for matrix, value in stacks[1].dictionary.tensors().items():
+        assert (stacks[0].dictionary.tensors()[matrix] - value).abs().max() < 2 * 12 * 0.001
+
+
 class NoWaiting(TorchDispatchMode):
     """Refuses what makes the host wait for a device: to read a number, or to learn a shape from the data."""
 
