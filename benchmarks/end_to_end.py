@@ -239,7 +239,8 @@ def write(name: str, facts: dict[str, Any], results: list[dict[str, Any]]) -> No
     made = f"{facts['date'][:10]}, torch {facts['versions']['torch']}, {facts['threads']} threads"
     known = ", ".join(f"{peer} {found}" for peer, found in facts["peers"].items())
     lines = ["Text in, dictionary out: `python benchmarks/end_to_end.py`", ""]
-    lines += [f"{made}; {known}. Whole processes, medians of {facts['turns']} turns.", ""]
+    turns = "one turn of each" if facts["turns"] == 1 else f"medians of {facts['turns']} turns"
+    lines += [f"{made}; {known}. Whole processes, {turns}.", ""]
     for result in results:
         task, ours = result["task"], result["contenders"][0]
         what = f"{task['tokens']:,} tokens, TopK k {K}, d_in {result['d_in']}, d_sae {result['d_sae']:,}, batch {BATCH}"

@@ -82,7 +82,7 @@ def test_bf16_is_no_farther_from_fp32_than_the_definitions_own_bf16(name, tied, 
     stack = put(stack_of(name, 24, 128, 1, tied=tied, **SETTINGS[name]), device)[0]
     moment = Moment(dead=torch.arange(128, device=device).remainder(3).eq(0).expand(1, -1))
     off = {name_: [0.0, 0.0] for name_ in stack.tensors()}
-    for _ in range(5):
+    for _ in range(3):
         x = torch.randn(64, 24, generator=generator).to(device)
         fast = stack.fused_gradients(x, None, moment, torch.bfloat16)
         assert fast is not None
@@ -91,7 +91,7 @@ def test_bf16_is_no_farther_from_fp32_than_the_definitions_own_bf16(name, tied, 
         )
         for name_, value in exact.gradients.items():
             for i, one in enumerate((fast, rounded)):
-                off[name_][i] += ((one.gradients[name_] - value).norm() / value.norm()).item() / 5
+                off[name_][i] += ((one.gradients[name_] - value).norm() / value.norm()).item() / 3
         assert_close(fast.loss, exact.loss, rtol=1e-2, atol=0)
     for name_, (ours, theirs) in off.items():
         assert ours < 1.1 * theirs + 0.01, f"{name_} is off by {ours:.2%}, the definition in bf16 by {theirs:.2%}"
