@@ -156,10 +156,12 @@ def test_tasks_keep_what_they_have_reached(tmp_path):
 
 @pytest.fixture
 def hears_the_terminal():
-    """As if these tests were not run under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """As if these tests were not run under nohup, or in the background of a script, whose children ignore Ctrl-C."""
+    own = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_signal_is_an_exception_until_machines_are_being_destroyed(hears_the_terminal):
