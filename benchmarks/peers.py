@@ -104,7 +104,9 @@ def main() -> None:
     results = []
     for name in flags.cases:
         results.append({"case": name, **vars(CASES[name]), "contenders": compare(name, CASES[name], flags, pythons)})
-        facts = {**provenance(), "threads": flags.threads, "turns": flags.turns, "peers": versions}
+        own = [word for word in sys.argv[1:] if "=" not in word and word != "--python"]  # no paths of this machine
+        command = " ".join(["peers.py", *own])
+        facts = {**provenance(), "command": command, "threads": flags.threads, "turns": flags.turns, "peers": versions}
         write(flags.name, facts, results)
 
 
