@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 VIEW = 50.0
 """A picture of several families begins at their median L0 over this."""
+NARROWEST = 1.2
+"""Times its beginning that an axis of L0 ends at, at least."""
 CHARACTER = 0.076
 """Inches of a character of a legend."""
 LEGEND_ROWS = 20
@@ -115,6 +117,9 @@ def _limit(axes: Axes, panel: Panel, start: float) -> None:
     axes.set_ylim(low if panel.y_low is None else max(low, panel.y_low),
                   high if panel.y_high is None else min(high, panel.y_high))  # fmt: skip
     x_low, x_high = axes.get_xlim()
+    if x_high < NARROWEST * x_low:  # of TopK all are at k, but for what rounding leaves
+        middle = (x_low * x_high) ** 0.5
+        x_low, x_high = middle / NARROWEST**0.5, middle * NARROWEST**0.5
     axes.set_xlim(x_low, x_high * (x_high / x_low) ** 0.04)
     number_axis(axes.xaxis)
 

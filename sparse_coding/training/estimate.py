@@ -25,7 +25,7 @@ class Estimate:
     """Of the five matrix products of every member and step: 10 * rows * d_in * d_sae."""
     seconds: float
     memory_bytes: int
-    """Parameters and Adam's two moments in fp32."""
+    """Parameters in fp32, and Adam's two moments."""
 
     def __str__(self) -> str:
         rate = self.flop / max(self.seconds, 1e-9)
@@ -64,7 +64,8 @@ def estimate(
         per_step += timed[shape]
     weights = sum((m.settings.d_in + m.settings.target_width) / 2 * m.settings.d_sae for m in members)
     flop = 10.0 * stream.batch_size * weights * steps
-    return Estimate(len(members), flop, per_step * steps, round(weights * 2 * 4 * 3))
+    each = 4 + 2 * (2 if training.optimizer.moments == "bf16" else 4)  # bytes of a parameter and its moments
+    return Estimate(len(members), flop, per_step * steps, round(weights * 2 * each))
 
 
 def _seconds(step: Callable[[int], object], device: str, first: int = 0, budget: float = 0.3) -> float:

@@ -110,6 +110,18 @@ def test_points_carry_their_setting_in_one_family_alone():
     assert alone.title == "Reconstruction (points: k)"
 
 
+def test_dictionaries_of_one_l0_stand_on_an_axis_that_can_be_read():
+    """Rounding leaves a TopK of 32 latents at 31.9998: no axis of 32, 32, 32 for that."""
+    panel = Panel("a", [Curve("lr 1", [31.9998], [0.1], family="lr 1"), Curve("lr 2", [32.0], [0.2], family="lr 2")])
+    figure = frontier([panel], "L0", "size")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    ticks = zip(axes.get_xticklabels(), axes.get_xticks(), strict=True)
+    words = [text.get_text() for text, at in ticks if low < at < high]
+    assert len(words) == len(set(words)) > 1
+
+
 def test_seeds_are_averaged_and_no_curve_mixes_families():
     records = members((1.0, 4.0), seeds=2)
     panel = trade_off(records, measures(records)[0])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_coding.training.estimate import estimate
+from sparse_coding.training.optimizer import OptimizerSettings
 from sparse_coding.training.stream import TensorStream
 from sparse_coding.training.sweep import grid
 from sparse_coding.training.trainer import TrainingSettings
@@ -18,6 +19,8 @@ def test_flop_and_memory_are_counted_by_hand():
     assert plan.members == 4
     assert plan.flop == pytest.approx(10 * 16 * weights * 100)
     assert plan.memory_bytes == weights * 2 * 4 * 3
+    halved = TrainingSettings(100, OptimizerSettings(moments="bf16"), "fp32")
+    assert estimate(members, STREAM, halved, "cpu").memory_bytes == weights * 2 * (4 + 2 * 2)
     assert plan.seconds > 0
     assert "4 dictionaries" in str(plan)
 

@@ -10,7 +10,8 @@ Hopper's copy engine brings the tiles and a program goes on to its next tile whi
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportReturnType=false, reportPrivateImportUsage=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportReturnType=false, reportPrivateImportUsage=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false
 
 from __future__ import annotations
 
@@ -106,7 +107,7 @@ def _encode(
         b = tl.load(right + dims[:, None] * stride_in, mask=(dims[:, None] < d_in) & latent_ok, other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
     finish(total, rows, first, member, bias, norms, threshold, window, pre, best, n_rows, d_sae, n_groups,
-            SIGNED, ABOVE, BLOCK_ROWS, BLOCK_LATENTS, GROUP)  # fmt: skip
+           SIGNED, ABOVE, BLOCK_ROWS, BLOCK_LATENTS, GROUP)  # fmt: skip
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def _encode_by_tiles(
             b = weights.load([member * d_sae + first, step * BLOCK_IN])
             total = tl.dot(a, b.T, total)
         finish(total, top + tl.arange(0, BLOCK_ROWS), first, member, bias, norms, threshold, window, pre, best,
-                n_rows, d_sae, n_groups, SIGNED, ABOVE, BLOCK_ROWS, BLOCK_LATENTS, GROUP)  # fmt: skip
+               n_rows, d_sae, n_groups, SIGNED, ABOVE, BLOCK_ROWS, BLOCK_LATENTS, GROUP)  # fmt: skip
 
 
 class Encoded(NamedTuple):

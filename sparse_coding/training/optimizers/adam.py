@@ -48,7 +48,8 @@ class Adam(StackedOptimizer):
         super().apply(gradients, scale)
 
     def update(self, group: Group, gradients: list[Tensor], lr: float | Tensor) -> None:
-        moments = {part: [kept.float() for kept in own] for part, own in group.moments.items()}
+        half = self.settings.moments == "bf16"
+        moments = {part: [kept.float() for kept in own] if half else own for part, own in group.moments.items()}
         self.function(
             group.parameters,
             gradients,
@@ -65,9 +66,9 @@ class Adam(StackedOptimizer):
             eps=self.settings.eps,
             maximize=False,
         )
-        for which, (part, own) in enumerate(group.moments.items()):
+        for which, (part, own) in enumerate(group.moments.items() if half else ()):
             for kept, value, count in zip(own, moments[part], self.counts[group.lr], strict=True):
-                if kept.dtype == torch.bfloat16:  # else it is `value` itself
+                if kept is not value:  # a matrix's; vectors stay in fp32
                     kept.copy_(rounded(value, count, which))
 
     def row_learning(self) -> RowAdam | None:

@@ -7,17 +7,18 @@ are a hash of the place, the count of updates and which moment it is: the same i
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Int
-from torch import Tensor, arange, bfloat16, float32, int32
+from torch import Tensor
 
 WORD = 0xFFFFFFFF
 
 
 def rounded(value: Float[Tensor, "..."], count: Tensor, which: int) -> Float[Tensor, "..."]:
-    """`value` (float32, its `count`-th, a number on its device) in bf16, at random."""
-    bits = value.contiguous().view(int32)
-    noise = hashed(arange(value.numel(), device=value.device), count.long(), which).view(value.shape)
-    return ((bits + (noise & 0xFFFF).int()) & -0x10000).view(float32).to(bfloat16)
+    """`value` (float32) in bf16; `count`: of updates so far, a number on its device, `which`: of the moments."""
+    bits = value.contiguous().view(torch.int32)
+    noise = hashed(torch.arange(value.numel(), device=value.device), count.long(), which).view(value.shape)
+    return ((bits + (noise & 0xFFFF).int()) & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
 def hashed(place: Int[Tensor, " n"], count: Tensor, which: int) -> Int[Tensor, " n"]:

@@ -20,7 +20,7 @@ def prepare() -> str | None:
     if GPU:
         return None
     if "triton" in sys.modules:
-        return "Triton was imported without its interpreter"
+        return "Triton was imported without its interpreter: see test_triton_apart.py"
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"  # each decorator looks at it, so it matters at import alone
     try:
